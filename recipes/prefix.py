@@ -1,0 +1,67 @@
+"""Prefix-tuning: freeze the model and learn keys and values that stand before every dialogue (Li and Liang, 2021, arXiv:2101.00190).
+
+    accelerate launch scripts/train.py --recipe prefix --model gpt2 --data data/customer_service --output_dir runs/prefix-gpt2
+
+Each attention layer sees `num_virtual_tokens` positions that no token ever produced; only those are trained. Nothing in the model
+itself changes, so one model can serve many prefixes. They take room in the model's window and can't be merged into its weights.
+
+To make your own: copy this file, change `adapt`, and run it under its new name.
+"""
+
+from dataclasses import dataclass
+
+from recipes.common import args
+from recipes.common.args import option, trainer_option
+from recipes.common.errors import UserError
+
+
+@dataclass
+class MethodArguments(args.Method):
+    learning_rate: float = trainer_option(1e-2, "high: the prefix is far from the loss and has few parameters")
+    num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)")
+    prefix_projection: bool = option(False, "compute the prefix from a small network, as the paper does; it is left out afterwards")
+    projection_hidden_size: int = option(512, "width of that network (the paper's 512)")
+
+    def check(self, shared, training):
+        if training.activation_checkpointing or training.gradient_checkpointing:
+            raise UserError("--activation_checkpointing would drop the prefix from the recomputed layers: leave it out for this recipe")
+        if self.num_virtual_tokens < 1:
+            raise UserError(f"--num_virtual_tokens {self.num_virtual_tokens}: use 1 or more")
+
+
+def adapt(model, task, method, training):
+    """Freeze `model` and put the prefix before it. Returns the wrapped model and the Trainer callbacks that it needs."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    if task.window and task.max_length + method.num_virtual_tokens > task.window:
+        raise UserError(f"--max_length {task.max_length} and --num_virtual_tokens {method.num_virtual_tokens} exceed together the "
+                        f"{task.window} tokens that the model can read: lower one of them")
+    config = PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=method.num_virtual_tokens,
+                                prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size)
+    return get_peft_model(model, config), []
+
+
+def main():
+    shared, method, training = args.parse(__doc__, MethodArguments)
+    from recipes.common import runs, tasks  # after the command line is understood: these import torch
+    from recipes.common.trainer import RecipeTrainer
+
+    runs.start(shared, method, training)
+    task = tasks.load(shared, training)
+    model, callbacks = adapt(task.load_model(), task, method, training)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=task.train,
+        eval_dataset=task.dev,
+        data_collator=task.collate,
+        processing_class=task.tokenizer,
+        callbacks=callbacks,
+        early_stopping_patience=shared.early_stopping_patience,
+    )
+    trainer.train(resume_from_checkpoint=runs.checkpoint(training))
+    runs.finish(trainer, task, shared, method)
+
+
+if __name__ == "__main__":
+    main()

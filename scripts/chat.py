@@ -1,0 +1,139 @@
+"""Talk to a finished run in the terminal, or ask it one thing:
+
+    python scripts/chat.py --run runs/lora-gpt2
+    python scripts/chat.py --run runs/lora-gpt2 --message "Where is my parcel?"
+
+Commands: /reset starts over, /save FILE appends the conversation as a row to train on, /quit leaves. Reads standard input line by
+line when it is piped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from recipes.common import args, errors  # noqa: E402
+from recipes.common.errors import UserError  # noqa: E402
+
+
+class Conversation:
+    """A dialogue with a model: its turns so far and how the next reply is made."""
+
+    def __init__(self, model, tokenizer, system: str | None, max_new_tokens: int, temperature: float):
+        self.model, self.tokenizer = model, tokenizer
+        self.system, self.max_new_tokens, self.temperature = system, max_new_tokens, temperature
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system turn."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def reply(self, text: str, out=sys.stdout) -> str:
+        """Answer `text`, writing the reply to `out` as it comes. A conversation longer than the window loses its oldest turns."""
+        from transformers import TextStreamer
+
+        from recipes.common import chat, generation
+
+        self.messages.append({"role": "user", "content": text})
+        whole = chat.prompt(self.messages, self.tokenizer, 10**9)
+        prompt = chat.prompt(self.messages, self.tokenizer, generation.room(self.model, self.max_new_tokens))
+        if prompt is None:
+            self.messages.pop()
+            raise UserError("this message alone is longer than the model's window: shorten it")
+        if len(prompt) < len(whole):
+            print(f"(the oldest turns no longer fit: the model reads {len(prompt)} of {len(whole)} tokens)", file=sys.stderr)
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text, stream_end=False):
+                print(text, end="\n" if stream_end else "", file=out, flush=True)
+
+        ids, mask = generation.left_pad([prompt], self.tokenizer.pad_token_id)
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 0.9} if self.temperature > 0 else {"do_sample": False}
+        tokens = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
+                                     max_new_tokens=self.max_new_tokens, **sampling,
+                                     streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))[0, len(prompt):]
+        answer = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def save(self, file: str) -> str:
+        """Append the conversation to `file` as a row of the chat task; returns what to tell the user."""
+        if not any(m["role"] == "assistant" for m in self.messages):
+            return "nothing to save yet"
+        try:
+            with open(file, "a", encoding="utf-8") as out:
+                out.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            return f"{file} can't be written: {error.strerror}"
+        return f"saved {len(self.messages)} turns to {file}"
+
+
+def main():
+    errors.install()
+    options = parse()
+    if options.seed is not None:
+        from transformers import set_seed
+
+        set_seed(options.seed)
+    from recipes.common import models
+
+    record = models.read_record(Path(options.run))
+    model, tokenizer = models.load_run(options.run)
+    system = options.system if options.system is not None else record["data"]["system"]
+    conversation = Conversation(model, tokenizer, system, options.max_new_tokens, options.temperature)
+    if options.message is not None:
+        conversation.reply(options.message)
+        return
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{record['recipe']} on {record['model']['used']}. /reset, /save FILE, /quit")
+        if system:
+            print(f"system turn{'' if options.system else ', the most frequent in its data'} (--system changes it): {system}")
+    while True:
+        try:
+            line = input("you> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        try:
+            if not step(conversation, line):
+                break
+        except KeyboardInterrupt:
+            print("\n(interrupted)")
+        except UserError as error:
+            print(f"({error})", file=sys.stderr)
+
+
+def step(conversation: Conversation, line: str) -> bool:
+    """Obey one line: a command, or something to answer. False ends the conversation."""
+    command, _, rest = line.partition(" ")
+    if command == "/quit":
+        return False
+    if command == "/reset":
+        conversation.reset()
+        print("(a new conversation)")
+    elif command == "/save":
+        print(f"({conversation.save(rest.strip()) if rest.strip() else 'name a file: /save FILE'})")
+    elif command.startswith("/"):
+        print(f"(unknown command {command}: /reset, /save FILE, /quit)")
+    elif line:
+        conversation.reply(line)
+    return True
+
+
+def parse(argv=None):
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
+    parser.add_argument("--message", help="answer this and exit")
+    parser.add_argument("--system", help="the system turn; '' for none (default: the most frequent one of the run's data)")
+    parser.add_argument("--max_new_tokens", type=args.positive, default=256, help="longest reply (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample, with top_p 0.9 (default: 0, the likeliest token)")
+    parser.add_argument("--seed", type=int, help="make sampling repeatable")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

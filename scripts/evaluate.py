@@ -1,0 +1,164 @@
+"""Score a finished run on dialogues it has not seen, beside the untuned model if asked:
+
+    python scripts/evaluate.py --run runs/lora-gpt2 --base
+
+Each assistant turn is answered given its true history and compared with the reference: loss and perplexity over the reference's
+tokens, and of the greedy replies corpus BLEU, ROUGE-1/2/L, chrF (0-100) and distinct-1/2 (0-1), per language and in all. Results go
+into the run's run.json and report.html, the replies beside their references into predictions-SPLIT.jsonl.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from recipes.common import args, errors
+from recipes.common.errors import UserError
+
+COLUMNS = {"loss": "loss", "perplexity": "perplexity", "bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
+           "chrf": "chrF", "distinct1": "distinct-1", "distinct2": "distinct-2"}
+
+
+def main():
+    errors.install()
+    options = parse()
+    from recipes.common import models, runs
+
+    run = Path(options.run)
+    record = models.read_record(run)
+    source, rows = held_out_rows(options, record)
+    used = record["model"]["used"]
+    print(f"{len(rows)} dialogues from {source}")
+    dtype = models.dtype(options.dtype)
+    tuned = answer(models.load_run(run, dtype), rows, record, options, record["recipe"])
+    results = {record["recipe"]: tuned}
+    if options.base:
+        results = {f"{used} (untuned)": answer(models.load_base(run, dtype), rows, record, options, f"{used} (untuned)"), **results}
+    evaluation = summarise(results, rows, source, options, str(dtype).removeprefix("torch."))
+    print_table(evaluation)
+    print_samples(evaluation)
+    predictions = run / f"predictions-{options.split}.jsonl"
+    predictions.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.pop("predictions")), encoding="utf-8")
+    if options.json:
+        Path(options.json).write_text(json.dumps(runs.visible(evaluation), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    record.setdefault("evaluation", {})[options.split] = evaluation
+    runs.write(run, record)
+    print(f"\nall replies: {predictions}; report: {run / 'report.html'}\n"
+          f"next:\n  python scripts/chat.py --run {run}\n  tensorboard --logdir {run}\n  python scripts/train.py   (the other recipes)")
+
+
+def parse(argv=None):
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
+    parser.add_argument("--data", help="a .jsonl file or a folder (default: the data of the run)")
+    parser.add_argument("--split", default="test", choices=["train", "dev", "test"], help="which rows (default: test)")
+    parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
+    parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
+    parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
+    parser.add_argument("--batch_size", type=args.positive, default=16, help="replies generated at a time (default: 16)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="what to compute in (default: bfloat16 where the hardware has it)")
+    parser.add_argument("--samples", type=int, default=3, help="replies shown at the end (default: 3)")
+    parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
+    return parser.parse_args(argv)
+
+
+def held_out_rows(options, record) -> tuple[str, list[dict]]:
+    """The dialogues to score on and where they are from. A file given by --data is taken whole."""
+    from recipes.common import data
+
+    shared, training = record["shared_arguments"], record["training_arguments"]
+    if options.data and Path(options.data).is_file():
+        rows = data.read(Path(options.data), data.check_dialogue)
+        return rows.source, rows.rows[: options.limit]
+    folder = options.data or shared["data"]
+    files = data.find(folder)
+    if options.split in files:
+        rows = data.read(files[options.split], data.check_dialogue, shared["on_bad_row"])
+    elif options.split == "dev":  # held out at training time: the same draw again
+        rows = data.load(folder, data.check_dialogue, shared["dev_fraction"], training["seed"], shared["on_bad_row"])["dev"]
+    else:
+        raise UserError(f"{folder} has no {options.split} file: use --split dev, or --data FILE")
+    for sentence in rows.skipped:
+        print(f"skipped {sentence}")
+    return rows.source, rows.rows[: options.limit]
+
+
+def answer(loaded, rows, record, options, name) -> dict:
+    """A model's loss on each row, as (row, nats, tokens), and its reply to each assistant turn."""
+    from recipes.common import generation, tasks
+    from recipes.common.trainer import dataset_losses
+
+    model, tokenizer = loaded
+    max_length = record["shared_arguments"]["max_length"]
+    features, counts = tasks.encode_dialogues(rows, tokenizer, max_length, f"{options.split} rows")
+    sums = dataset_losses(model, features, tokenizer.pad_token_id, f"Loss of {name}")
+    prompts = generation.prompts_for(rows, tokenizer, min(max_length, generation.room(model, options.max_new_tokens)))
+    fitting = [p for _, _, p in prompts if p is not None]
+    texts, cut = generation.replies(model, tokenizer, fitting, options.max_new_tokens, options.batch_size, f"Replies of {name}")
+    texts = iter(texts)
+    kept = [r for r in range(len(rows)) if r + 1 not in set(counts["left_out"])]
+    return {"losses": list(zip(kept, sums[:, 0].tolist(), sums[:, 1].tolist(), strict=True)), "cut": cut,
+            "too_long": len(prompts) - len(fitting), "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}
+
+
+def summarise(results: dict, rows: list[dict], source: str, options, dtype: str) -> dict:
+    """The table, samples and predictions of all models, ready for JSON."""
+    from recipes.common import metrics
+
+    languages = [row.get("language") or metrics.detect_language(" ".join(m["content"] for m in row["messages"][1:])) for row in rows]
+    turns = [(r, t) for r, t, _ in next(iter(results.values()))["replies"]]
+    references = [rows[r]["messages"][t]["content"] for r, t in turns]
+    table, notes = [], []
+    for name, result in results.items():
+        scores = metrics.score_replies([text for _, _, text in result["replies"]], references, [languages[r] for r, _ in turns])
+        signature = scores.pop("signature")
+        for language, score in scores.items():
+            part = [(nats, n) for r, nats, n in result["losses"] if language in ("all", languages[r])]
+            loss = sum(nats for nats, _ in part) / sum(n for _, n in part) if part else math.nan
+            score |= {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+            table.append({"language": language, "model": name, "replies": score["n"], "empty": score["empty"],
+                          "values": [score[key] for key in COLUMNS]})
+        if result["cut"]:
+            notes.append(f"{name}: {result['cut']} of {len(turns)} replies did not end within {options.max_new_tokens} tokens and were cut")
+        if result["too_long"]:
+            notes.append(f"{name}: {result['too_long']} questions do not fit into the model's window; their replies count as empty")
+    table.sort(key=lambda row: ("en", "zh", "all").index(row["language"]))
+    chosen = [round(i * (len(turns) - 1) / max(1, options.samples - 1)) for i in range(min(options.samples, len(turns)))]
+    samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),
+                *((name, result["replies"][i][2]) for name, result in results.items())] for i in chosen]
+    predictions = [{"id": rows[r].get("id", r), "turn": t, "language": languages[r], "reference": references[i],
+                    **{name: result["replies"][i][2] for name, result in results.items()}} for i, (r, t) in enumerate(turns)]
+    return {"source": source, "dialogues": len(rows), "replies": len(turns), "columns": list(COLUMNS.values()), "table": table,
+            "notes": notes, "signature": f"{signature}; greedy, at most {options.max_new_tokens} new tokens, {dtype}", "samples": samples,
+            "predictions": predictions}
+
+
+def print_table(evaluation: dict) -> None:
+    """The scores, a line for each language and model."""
+    width = max(len(row["model"]) for row in evaluation["table"])
+    print(f"\n{'':<4} {'':<{width}} {'replies':>7} " + " ".join(f"{name:>10}" for name in evaluation["columns"]))
+    previous = None
+    for row in evaluation["table"]:
+        language = "" if row["language"] == previous else row["language"]
+        previous = row["language"]
+        print(f"{language:<4} {row['model']:<{width}} {row['replies']:>7} " + " ".join(f"{value:>10.2f}" for value in row["values"]))
+    for note in evaluation["notes"]:
+        print(f"note: {note}")
+    print(f"({evaluation['signature']})")
+
+
+def print_samples(evaluation: dict) -> None:
+    """Some replies beside their references."""
+    for sample in evaluation["samples"]:
+        width = max(len(who) for who, _ in sample)
+        print("\n" + "\n".join(f"  {who:>{width}} | {text}" for who, text in sample))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

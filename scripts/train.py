@@ -1,0 +1,60 @@
+"""Run a recipe by its name:
+
+    accelerate launch scripts/train.py --recipe lora --model gpt2 --data data/customer_service --output_dir runs/lora-gpt2
+
+`--recipe` is the name of a file in recipes/ or the path of any other .py file. All further flags are the recipe's own:
+`--recipe lora --help` shows them. Without a recipe, the recipes are listed.
+"""
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from recipes.common import errors
+from recipes.common.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipes() -> dict[str, str]:
+    """Name of each recipe in recipes/ -> the first line of its docstring. Reads the files, runs nothing."""
+    found = {}
+    for path in sorted(FOLDER.glob("[!_]*.py")):
+        lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+        found[path.stem] = lines[0] if lines else "(no docstring)"
+    return found
+
+
+def listing() -> str:
+    """The recipes, a line each."""
+    return "\n".join(f"  {name:<10} {line}" for name, line in recipes().items())
+
+
+def find(name: str) -> Path:
+    """The file of recipe `name`. Raises `UserError` that lists the recipes."""
+    path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"unknown recipe {name}: there is no {path}; the recipes are\n{listing()}")
+    return path
+
+
+def main():
+    errors.install()
+    argv = sys.argv[1:]
+    if "--recipe" not in argv:
+        print(f"{__doc__.strip()}\n\nRecipes:\n{listing()}", file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
+        sys.exit(0 if {"-h", "--help"} & set(argv) else 2)
+    at = argv.index("--recipe")
+    if at + 1 == len(argv):
+        raise UserError(f"--recipe needs a name; the recipes are\n{listing()}")
+    path = find(argv[at + 1])
+    sys.argv = [str(path), *argv[:at], *argv[at + 2:]]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
