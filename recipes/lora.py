@@ -19,7 +19,7 @@ class MethodArguments(args.Method):
     learning_rate: float = trainer_option(5e-4, "ten times that of full fine-tuning: B starts at zero, with few parameters")
     rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common")
     alpha: int = option(16, "the update is scaled by alpha / rank; twice the rank is the usual choice")
-    dropout: float = option(0.0, "dropout on the input of A; the low rank holds back enough, and drawing masks costs a CPU a quarter of a step")
+    dropout: float = option(0.0, "dropout on the input of A; the low rank holds back enough, and masks cost a CPU a fifth of a step")
     target_modules: str = option("all-linear", "matrices to update: all-linear, or names separated by commas (q_proj,v_proj)")
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 # Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from recipes.common import args, errors  # noqa: E402
-from recipes.common.errors import UserError  # noqa: E402
+from recipes.common import args, errors
+from recipes.common.errors import UserError
 
 
 class Conversation:
@@ -125,7 +125,7 @@ def step(conversation: Conversation, line: str) -> bool:
 
 def parse(argv=None):
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
     parser.add_argument("--message", help="answer this and exit")
     parser.add_argument("--system", help="the system turn; '' for none (default: the most frequent one of the run's data)")

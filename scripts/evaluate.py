@@ -30,6 +30,8 @@ def main():
 
     run = Path(options.run)
     record = models.read_record(run)
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: its folder does not exist")
     source, rows = held_out_rows(options, record)
     used = record["model"]["used"]
     print(f"{len(rows)} dialogues from {source}")
@@ -53,14 +55,14 @@ def main():
 
 def parse(argv=None):
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
     parser.add_argument("--data", help="a .jsonl file or a folder (default: the data of the run)")
     parser.add_argument("--split", default="test", choices=["train", "dev", "test"], help="which rows (default: test)")
     parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
-    parser.add_argument("--batch_size", type=args.positive, default=16, help="replies generated at a time (default: 16)")
+    parser.add_argument("--batch_size", type=args.positive, default=32, help="replies generated at a time (default: 32)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
     parser.add_argument("--samples", type=int, default=3, help="replies shown at the end (default: 3)")

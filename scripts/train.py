@@ -44,7 +44,7 @@ def find(name: str) -> Path:
 
 def main():
     errors.install()
-    argv = sys.argv[1:]
+    argv = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--recipe=") else [word])]
     if "--recipe" not in argv:
         print(f"{__doc__.strip()}\n\nRecipes:\n{listing()}", file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
         sys.exit(0 if {"-h", "--help"} & set(argv) else 2)

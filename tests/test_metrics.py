@@ -91,7 +91,7 @@ def test_english_rouge_is_rouge_score(use_stemmer):
         ("…", "… ok"),
         (ENGLISH[0], ENGLISH_REFERENCES[0][1]),
     ]
-    predictions, references = zip(*pairs)
+    predictions, references = zip(*pairs, strict=False)
     types = ["rouge1", "rouge2", "rougeL"]
     default = RougeScorer(types, use_stemmer=use_stemmer)
     expected = [default.score(reference, prediction) for prediction, reference in pairs]
@@ -163,7 +163,7 @@ def test_metrics_need_no_network(monkeypatch):
 
 def test_batches_add_up():
     rouge, distinct = Rouge(), Distinct()
-    for prediction, reference in zip(ENGLISH, ENGLISH_REFERENCES):
+    for prediction, reference in zip(ENGLISH, ENGLISH_REFERENCES, strict=False):
         rouge.add(prediction=prediction, reference=reference)
         distinct.add_batch(predictions=[prediction])
     assert rouge.compute() == Rouge().compute(predictions=ENGLISH, references=ENGLISH_REFERENCES)
@@ -250,7 +250,7 @@ def test_empty_replies_count_as_0():
 def test_a_metric_that_drops_empty_replies_is_caught(broken):
     class Dropping(broken):
         def _compute(self, predictions, references):
-            kept = [(p, r) for p, r in zip(predictions, references) if p.strip()]
+            kept = [(p, r) for p, r in zip(predictions, references, strict=False) if p.strip()]
             return super()._compute([p for p, _ in kept], [r for _, r in kept])
 
     metrics = [Dropping() if metric is broken else metric() for metric in TEXT_METRICS]
@@ -310,7 +310,7 @@ def test_a_mixed_set_holds_the_scores_of_each_language_and_one_corpus_of_both():
     # One corpus: the n-gram counts and lengths of both languages together, not the mean of two BLEU scores.
     en = Bleu().compute(predictions=ENGLISH, references=ENGLISH_REFERENCES)
     zh = Bleu(tokenize="zh").compute(predictions=CHINESE, references=CHINESE_REFERENCES)
-    counts, totals = ([a + b for a, b in zip(en[key], zh[key])] for key in ("counts", "totals"))
+    counts, totals = ([a + b for a, b in zip(en[key], zh[key], strict=False)] for key in ("counts", "totals"))
     lengths = (en[key] + zh[key] for key in ("sys_len", "ref_len"))
     assert result["all"]["bleu"] == pytest.approx(sacrebleu.BLEU.compute_bleu(counts, totals, *lengths).score)
     for name in ("rouge1", "rouge2", "rougeL"):

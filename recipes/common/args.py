@@ -78,10 +78,10 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     errors.install()
     argv = _bare_resume(sys.argv[1:] if argv is None else list(argv))
     trainer_flags = "\n".join(f"  {f'--{name} {default}':<46} {why}" for name, (default, why) in TRAINER_DEFAULTS.items())
-    parser = _Parser(prog=Path(sys.argv[0]).name, add_help=False, allow_abbrev=False,
-                     usage="%(prog)s [flags]", formatter_class=argparse.RawDescriptionHelpFormatter, description=(doc or "").strip(),
-                     epilog=f"the Trainer, as the recipes set it:\n{trainer_flags}\n\n"
-                            "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
+    parser = Parser(prog=Path(sys.argv[0]).name, add_help=False, allow_abbrev=False,
+                    usage="%(prog)s [flags]", formatter_class=argparse.RawDescriptionHelpFormatter, description=(doc or "").strip(),
+                    epilog=f"the Trainer, as the recipes set it:\n{trainer_flags}\n\n"
+                           "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
     add_fields(parser.add_argument_group("this recipe"), method_class)
     add_fields(parser.add_argument_group("every recipe"), SharedArguments)
     parser.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
@@ -94,7 +94,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     defaults = {name: default for name, (default, _) in TRAINER_DEFAULTS.items()}
     defaults |= {f.name: getattr(method, f.name) for f in fields(method_class) if f.metadata.get("trainer")}
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.model).name}"
-    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults)
+    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser)
     _check(shared, training)
     method.check(shared, training)
     return shared, method, training
@@ -117,7 +117,9 @@ def add_fields(parser, cls) -> None:
             parser.add_argument(f"--{f.name}", type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that tells a mistake in one sentence, like every other."""
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -147,12 +149,12 @@ def _bare_resume(argv: list[str]) -> list[str]:
     return out
 
 
-def _training_arguments(argv: list[str], defaults: dict):
+def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser):
     import torch
     from transformers import HfArgumentParser, TrainingArguments
 
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
-    parser.error = _Parser.error.__get__(parser)
+    parser.error = Parser.error.__get__(parser)
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
     if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
@@ -171,8 +173,7 @@ def _training_arguments(argv: list[str], defaults: dict):
         print("note: --load_best_model_at_end is off, as --eval_strategy or --save_strategy was given")
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [word for action in parser._actions for word in action.option_strings]
-        known += [f"--{f.name}" for f in fields(SharedArguments)]
+        known = [word for each in (own, parser) for action in each._actions for word in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help and --help_trainer list the flags"
         raise UserError(f"unknown flag {unknown[0]}: {hint}")

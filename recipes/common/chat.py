@@ -19,11 +19,11 @@ IGNORE = -100  # label of a position without loss (torch.nn.functional.cross_ent
 PLAIN_TEMPLATE = (
     "{%- if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
     "{%- for message in messages %}"
-    "{%- if message.role == 'system' %}{{ message.content }}\n\n"
-    "{%- elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n\n"
-    "{%- else %}User: {{ message.content }}\n\n"
+    "{%- if message.role == 'system' %}{{ message.content + '\n\n' }}"
+    "{%- elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token + '\n\n' }}"
+    "{%- else %}{{ 'User: ' + message.content + '\n\n' }}"
     "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}Assistant:{% endif %}"
+    "{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
 # Stands in for an assistant turn while its place in the rendered text is looked up. Private-use characters: no data has them.
@@ -169,9 +169,10 @@ def _encode_whole(messages: list[dict], tokenizer) -> Encoded:
     for t, (start, end) in enumerate(offsets):
         while at < len(wanted) and start >= wanted[at][1]:
             at += 1
-        # A token that straddles a border (a blank before the answer) belongs to the prompt. A token without characters of its
-        # own (start == end) is a special one that the tokenizer added; the template writes all special tokens itself.
-        if at < len(wanted) and wanted[at][0] <= start < end <= wanted[at][1]:
+        # A token belongs to the answer if it starts there: one that straddles the border before it (a blank) is the prompt's, and
+        # an end of turn that swallows the line break after it (Phi-3's has rstrip) is still the answer's. Tokenizers that trim
+        # offsets (Pythia, OLMo) give a token of blanks start == end, its own end: hence the second condition.
+        if at < len(wanted) and wanted[at][0] <= start < wanted[at][1] and wanted[at][0] < end:
             labels[t] = ids[t]
     return Encoded(ids, labels)
 
@@ -206,6 +207,9 @@ def _prove(tokenizer) -> None:
     for messages in (one, two):
         try:
             encoded = _encode_whole(messages, tokenizer)
+            turns = sum(m["role"] == "assistant" for m in messages)
+            if encoded.labels.count(end_of_turn_id(tokenizer)) != turns:  # written after the last turn only, or after none
+                raise TemplateError("not every assistant turn ends with the token that ends the last one")
             for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
                 opening = prompt(messages[:i], tokenizer, max_length=10**9)
                 if encoded.input_ids[: len(opening)] != opening or encoded.labels[len(opening)] == IGNORE:

@@ -108,6 +108,8 @@ def check_dialogue(row: dict) -> str | None:
             return f"turn {i}: role {_short(turn['role'])} is unknown; use one of {', '.join(ROLES)}"
         if not isinstance(turn["content"], str):
             return f"turn {i}: content must be a string, not {_short(turn['content'])}"
+        if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
+            return f"turn {i}: content holds half a character (a lone surrogate, {_short(turn['content'])}); write the whole one"
         if not turn["content"].strip():
             return f"turn {i} ({turn['role']}) is empty; remove it or give it text"
         if turn["role"] == "system" and i > 1:
@@ -128,6 +130,8 @@ def _parse(line: str) -> tuple[dict, str | None]:
         return {}, f"broken JSON at column {error.colno} ({error.msg}): {_short(line)}"
     except RecursionError:
         return {}, f"JSON nested too deeply: {_short(line)}"
+    except ValueError as error:  # a number of more than 4,300 digits
+        return {}, f"JSON that can't be read ({error}): {_short(line)}"
     return (row, None) if isinstance(row, dict) else ({}, f"expected a JSON object, not {_short(row)}")
 
 

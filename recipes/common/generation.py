@@ -1,7 +1,14 @@
-"""Replies from a model, many at a time."""
+"""Replies from a model, many at a time.
+
+The turns of a dialogue share their history, so each dialogue is read once, by its longest prompt, and the keys and values of the
+shorter prompts are cut from that reading. Reading is done one dialogue at a time, without padding; writing is done in batches, where
+it is bound by memory traffic and a batch costs little more than a single reply.
+"""
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from recipes.common import chat
 
@@ -9,32 +16,88 @@ from recipes.common import chat
 def room(model, max_new_tokens: int) -> int:
     """Tokens a prompt may have so that `max_new_tokens` more fit into the model's window, beside a prefix if it has one."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    prefix = model.peft_config[model.active_adapter].num_virtual_tokens if _has_prefix(model) else 0
-    return window - prefix - max_new_tokens
+    return window - _prefix_length(model) - max_new_tokens
 
 
-def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 128, batch_size: int = 16,
+@torch.inference_mode()
+def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 128, batch_size: int = 32,
             description: str = "Generating") -> tuple[list[str], int]:
     """Greedy replies to `prompts` (token ids), in their order, and how many of them were cut at `max_new_tokens`.
 
-    Prompts of similar length share a batch and are padded on the left, so that each continues from its own last token; a batch ends
-    when its last reply does. The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices.
+    The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
+    whole dialogues, about `batch_size` of them, and ends when its last reply does.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # longest first: memory fails early
     texts, cut = [""] * len(prompts), 0
-    ends = set(model.generation_config.eos_token_id)
-    with tqdm(total=len(prompts), desc=description, unit="replies") as bar, torch.inference_mode():
-        for at in range(0, len(order), batch_size):
-            batch = order[at: at + batch_size]
-            ids, mask = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                                 max_new_tokens=max_new_tokens)[:, ids.shape[1]:]
-            for i, tokens in zip(batch, out.tolist(), strict=True):
-                length = next((t for t, token in enumerate(tokens) if token in ends), None)
+    with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
+        for group in _batches(_chains(prompts), batch_size):
+            for i, tokens in _generate(model, tokenizer, prompts, group, max_new_tokens).items():
+                length = next((t for t, token in enumerate(tokens) if token in model.generation_config.eos_token_id), None)
                 cut += length is None
                 texts[i] = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
-            bar.update(len(batch))
+            bar.update(sum(map(len, group)))
     return texts, cut
+
+
+def _chains(prompts: list[list[int]]) -> list[list[int]]:
+    """Indices of prompts in groups, each prompt of a group beginning with the one before it; the longest group members first."""
+    order, chains = sorted(range(len(prompts)), key=lambda i: prompts[i]), []
+    for i in order:
+        last = prompts[chains[-1][-1]] if chains else None
+        if last is not None and prompts[i][: len(last)] == last:
+            chains[-1].append(i)
+        else:
+            chains.append([i])
+    return sorted(chains, key=lambda chain: len(prompts[chain[-1]]), reverse=True)
+
+
+def _batches(chains: list[list[int]], batch_size: int) -> list[list[list[int]]]:
+    """Consecutive chains joined until a batch has `batch_size` prompts."""
+    batches, room_left = [], 0
+    for chain in chains:
+        if room_left < len(chain):
+            batches.append([])
+            room_left = batch_size
+        batches[-1].append(chain)
+        room_left -= len(chain)
+    return batches
+
+
+def _generate(model, tokenizer, prompts, group, max_new_tokens: int) -> dict[int, list[int]]:
+    """Token ids written after each prompt of `group`, by index."""
+    prefix = _prefix_length(model)
+    # Behind a learned prefix, the keys and values read from the prompt include it; the model below then does the writing, and sees
+    # the prefix as tokens whose ids nobody looks at.
+    writer = model.get_base_model() if prefix else model
+    keys_values, order = [], []
+    for chain in group:
+        cache = _read(model, writer, prompts[chain[-1]])
+        for i in chain:
+            order.append(i)
+            end = prefix + len(prompts[i]) - 1  # the last token of a prompt is read when its reply is begun
+            keys_values.append([(layer.keys[:, :, :end], layer.values[:, :, :end]) for layer in cache.layers])
+    ids, mask = left_pad([[tokenizer.pad_token_id] * prefix + prompts[i] for i in order], tokenizer.pad_token_id)
+    past = DynamicCache()
+    for layer in range(len(keys_values[0])):
+        past.update(*(_stack([row[layer][part] for row in keys_values], ids.shape[1] - 1) for part in (0, 1)), layer)
+    out = writer.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), past_key_values=past,
+                          do_sample=False, max_new_tokens=max_new_tokens)
+    return dict(zip(order, out[:, ids.shape[1]:].tolist(), strict=True))
+
+
+def _read(model, writer, prompt: list[int]) -> DynamicCache:
+    """Keys and values of a prompt, (1, heads, prefix + length, width) in each layer. All layers keep all positions."""
+    past = DynamicCache()
+    if writer is not model:
+        for i, layer in enumerate(model.get_prompt(batch_size=1).layers):
+            past.update(layer.keys.to(model.dtype), layer.values.to(model.dtype), i)
+    ids = torch.tensor([prompt], device=model.device)
+    # No logits but one row of them: the vocabulary is the widest matrix of a small model.
+    return writer(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _stack(rows: list[torch.Tensor], length: int) -> torch.Tensor:
+    """Tensors (1, heads, n, width) of different n -> (rows, heads, length, width), zeros on the left."""
+    return torch.cat([torch.nn.functional.pad(row, (0, 0, length - row.shape[2], 0)) for row in rows])
 
 
 def left_pad(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +119,7 @@ def prompts_for(rows: list[dict], tokenizer, limit: int) -> list[tuple[int, int,
             for r, row in enumerate(rows) for turn in turns_to_answer(row["messages"])]
 
 
-def _has_prefix(model) -> bool:
-    config = getattr(model, "peft_config", None)
-    return bool(config) and config[model.active_adapter].is_prompt_learning
+def _prefix_length(model) -> int:
+    """Positions that a learned prefix takes in the model's window."""
+    config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    return config.num_virtual_tokens if config and config.is_prompt_learning else 0

@@ -147,7 +147,7 @@ class Rouge(_OfflineMetric):
         self._scorer = RougeScorer(list(rouge_types), tokenizer=CjkTokenizer(use_stemmer))
 
     def _compute(self, predictions, references):
-        scores = [self._scorer.score_multi(refs, prediction) for prediction, refs in zip(predictions, references)]
+        scores = [self._scorer.score_multi(refs, prediction) for prediction, refs in zip(predictions, references, strict=True)]
         return {
             name: 100 * sum(float(score[name].fmeasure) for score in scores) / len(scores)
             for name in self._scorer.rouge_types
@@ -233,7 +233,7 @@ def classification_report(predictions, references) -> dict:
     """
     _check_lengths(predictions, references)
     predicted, support = Counter(predictions), Counter(references)
-    hits = Counter(p for p, r in zip(predictions, references) if p == r)
+    hits = Counter(p for p, r in zip(predictions, references, strict=True) if p == r)
     rows = {
         str(label): {
             "precision": hits[label] / max(predicted[label], 1),
@@ -287,8 +287,8 @@ def score_replies(predictions, references, languages=None) -> dict:
         # sacrebleu strips the right-hand end before it tokenizes, so that is done here too.
         cut = [_BLEU_TOKENIZERS[languages[i]] for i in rows]
         bleu_scores = bleu.compute(
-            predictions=[tokenize(text.rstrip()) for tokenize, text in zip(cut, texts)],
-            references=[[tokenize(ref.rstrip()) for ref in item] for tokenize, item in zip(cut, refs)],
+            predictions=[tokenize(text.rstrip()) for tokenize, text in zip(cut, texts, strict=True)],
+            references=[[tokenize(ref.rstrip()) for ref in item] for tokenize, item in zip(cut, refs, strict=True)],
         )
         chrf_scores = chrf.compute(predictions=texts, references=refs)
         result[group] = {

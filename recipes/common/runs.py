@@ -25,8 +25,12 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate
 def start(shared, method, training) -> None:
     """Seed everything and refuse an output folder that holds another run. Writes nothing."""
     folder = Path(training.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file: name a folder")
+    asked = training.resume_from_checkpoint
+    if asked and asked.lower() != "true" and not Path(asked).is_dir():
+        raise UserError(f"--resume_from_checkpoint {asked}: no such folder")
     if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
         raise UserError(f"--output_dir {folder} holds another run: choose a new name, or continue it with --resume_from_checkpoint")
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
@@ -42,8 +46,6 @@ def checkpoint(training) -> str | None:
     if not asked:
         return None
     if asked.lower() != "true":
-        if not Path(asked).is_dir():
-            raise UserError(f"--resume_from_checkpoint {asked}: no such folder")
         return asked
     newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     if training.process_index == 0:

@@ -1,8 +1,9 @@
 """The Trainer of all recipes: transformers' own, with an exact and cheap loss for language models, and exact resume for PEFT.
 
-Three things differ, each in one method:
+Four things differ, each in one place:
 
 - `compute_loss` projects to the vocabulary only where a token is trained on (the logits are the largest tensor of a step);
+- `choose_attention` takes the faster attention kernel for the batch at hand;
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over tokens, exactly;
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer
 
 from recipes.common.chat import IGNORE, pad
+from recipes.common.errors import UserError
 
 TRAINED = "trained_parameters.safetensors"
 
@@ -40,7 +42,7 @@ class RecipeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy over the supervised tokens of the optimizer step, micro-batches and processes together."""
-        nll, _ = token_losses(model, inputs, self._head(model), self.args.label_smoothing_factor)
+        nll, _ = self._token_losses(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             num_items_in_batch = nll.numel()
         loss = nll.sum() / num_items_in_batch
@@ -52,12 +54,14 @@ class RecipeTrainer(Trainer):
         """(None, sums, sums): `sums` is (batch, 2), a row's negative log-likelihood in nats and its number of tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll, keep = token_losses(model, inputs, self._head(model))
+            nll, keep = self._token_losses(model, inputs)
         sums = row_sums(nll, keep)
         return None, sums, sums
 
-    def _head(self, model):
-        return self.accelerator.unwrap_model(model).get_output_embeddings()
+    def _token_losses(self, model, inputs, label_smoothing=0.0):
+        network = self.accelerator.unwrap_model(model)
+        choose_attention(network, inputs["input_ids"].shape[1])
+        return token_losses(model, inputs, network.get_output_embeddings(), label_smoothing)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -65,6 +69,7 @@ class RecipeTrainer(Trainer):
             save_file(trained_state(self.model), Path(output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        _check_same_kind(resume_from_checkpoint, self.model)
         if not self._load_trained(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -78,8 +83,8 @@ class RecipeTrainer(Trainer):
             return False
         state = load_file(Path(checkpoint) / TRAINED)
         own = trained_state(self.model)
-        if state.keys() != own.keys():
-            raise ValueError(f"{checkpoint} was written by another method or with other settings: resume with the same flags")
+        if {name: p.shape for name, p in state.items()} != {name: p.shape for name, p in own.items()}:
+            raise UserError(f"{checkpoint} was written by another method or with other settings: resume with the same flags")
         for name, tensor in own.items():
             tensor.copy_(state[name])
         return True
@@ -88,6 +93,13 @@ class RecipeTrainer(Trainer):
 def trained_state(model) -> dict[str, torch.Tensor]:
     """The parameters that are trained, by name, sharing memory with the model."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_same_kind(checkpoint, model) -> None:
+    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round."""
+    wanted = TRAINED if isinstance(model, PeftModel) else "trainer_state.json"
+    if not (Path(checkpoint) / wanted).is_file() or (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
+        raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
 
 
 def token_losses(model, inputs, head, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,6 +115,20 @@ def token_losses(model, inputs, head, label_smoothing: float = 0.0) -> tuple[tor
     return F.cross_entropy(logits.float(), labels[keep], reduction="none", label_smoothing=label_smoothing), keep
 
 
+def choose_attention(model, length: int) -> None:
+    """On a CPU, plain matrix products for short batches, PyTorch's fused kernel for long ones; the result is the same.
+
+    The fused kernel saves memory that grows with the square of the length, which is what makes it faster from some 400 tokens on; below,
+    a training step of SmolLM2-135M took it 1.2 times as long (docs/benchmarks.md).
+    """
+    if model.device.type != "cpu":
+        return
+    wanted = "eager" if length < 400 else "sdpa"
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    if {network.config._attn_implementation, wanted} == {"eager", "sdpa"}:  # leaves a kernel that the user chose alone
+        network.set_attn_implementation(wanted)
+
+
 @torch.inference_mode()
 def dataset_losses(model, rows, pad_id: int, description: str, tokens_per_batch: int = 2048) -> np.ndarray:
     """`row_sums` of all `rows` (columns input_ids, labels), in their order, without gradients: (rows, 2)."""
@@ -114,6 +140,7 @@ def dataset_losses(model, rows, pad_id: int, description: str, tokens_per_batch:
         if following and len(rows[following[0]]["input_ids"]) * (len(batch) + 1) <= tokens_per_batch:
             continue
         inputs = {name: tensor.to(model.device) for name, tensor in pad([rows[j] for j in batch], pad_id).items()}
+        choose_attention(model, inputs["input_ids"].shape[1])
         sums[batch] = row_sums(*token_losses(model, inputs, head)).cpu().numpy()
         batch = []
     return sums
@@ -154,8 +181,11 @@ def token_metrics(prediction) -> dict[str, float]:
 
 
 def _hold_frozen_in_bf16(model) -> None:
-    """Frozen weights need no fp32: autocast would cast them to bf16 at every use anyway. Trained ones stay as they are."""
-    if all(p.requires_grad for p in model.parameters()):
+    """Frozen weights need no fp32: autocast would cast them to bf16 at every use anyway. Trained ones stay as they are.
+
+    Only below a PEFT method, which saves its own parameters alone: a whole model is saved with its frozen layers, unrounded.
+    """
+    if not isinstance(model, PeftModel):
         return
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():

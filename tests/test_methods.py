@@ -1,0 +1,266 @@
+"""What each recipe trains, leaves alone, saves and loads, on tiny GPT-2 and Llama models; each run goes through the recipe's own main()."""
+
+import importlib
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DIALOGUES
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from recipes import adapter, full, lora, prefix
+from recipes.common import args, generation, models, runs
+from recipes.common import trainer as trainer_module
+from recipes.common.chat import prompt
+from recipes.common.errors import UserError
+from recipes.common.trainer import RecipeTrainer
+
+KINDS = ("gpt2", "llama")
+# Recipe and flags of every variant that trains something different.
+VARIANTS = {
+    "lora": ("lora",),
+    "prefix": ("prefix",),
+    "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
+    "adapter": ("adapter",),
+    "adapter-pfeiffer": ("adapter", "--placement", "pfeiffer"),
+    "full": ("full",),
+    "full-top": ("full", "--train_top_layers", "1"),
+}
+WIDTH, LAYERS, RANK, TOKENS, BOTTLENECK, PROJECTION = 32, 2, 8, 20, 32, 24
+# (inputs, outputs) of every linear layer of a block; Llama's k and v have half the heads.
+LINEAR = {"gpt2": [(32, 96), (32, 32), (32, 128), (128, 32)],
+          "llama": [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]}
+KV_WIDTH = {"gpt2": 32, "llama": 16}
+# Names of the parameters that belong to a method, as whole-name patterns.
+OWN = {
+    "lora": {kind: r".*\.lora_[AB]\.default\.weight" for kind in KINDS},
+    "prefix": {kind: r"prompt_encoder\.default\..*" for kind in KINDS},
+    "adapter": {kind: r".*\.bottleneck_(down|up)\.default\.(weight|bias)" for kind in KINDS},
+    "full": {kind: ".*" for kind in KINDS},
+    "full-top": {"gpt2": r"transformer\.(h\.1\..*|ln_f\..*|wte\.weight)", "llama": r"model\.(layers\.1\..*|norm\.weight|embed_tokens\.weight)"},
+}
+
+
+def run_recipe(recipe, model, data, output, *flags, trainer_class=RecipeTrainer):
+    """Call the recipe's main() as its command line would, in fp32 on the CPU; returns its Trainer."""
+    module, seen, finish = importlib.import_module(f"recipes.{recipe}"), [], runs.finish
+
+    def keep_trainer(trainer, *rest):
+        seen.append(trainer)
+        finish(trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "finish", keep_trainer)
+        patch.setattr(trainer_module, "RecipeTrainer", trainer_class)
+        patch.setattr(sys, "argv", [f"recipes/{recipe}.py", "--model", str(model), "--data", str(data), "--output_dir", str(output),
+                                    "--max_length", "160", "--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True",
+                                    *flags])
+        module.main()
+    return seen[0]
+
+
+class Watched(RecipeTrainer):
+    """Keeps a copy of all parameters from before the first step."""
+
+    def train(self, *args, **kwargs):
+        self.before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return super().train(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in DIALOGUES)
+    for split in ("train", "dev"):
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, data, tmp_path_factory):
+    """finished("lora", "gpt2") -> (run folder, Trainer) after 3 optimizer steps of this variant."""
+    made = {}
+
+    def make(variant, kind):
+        if (variant, kind) not in made:
+            recipe, *flags = VARIANTS[variant]
+            folder = tmp_path_factory.mktemp("runs") / f"{variant}-{kind}"
+            trainer = run_recipe(recipe, tiny(kind), data, folder, *flags, "--max_steps", "3", "--per_device_train_batch_size", "4",
+                                 "--learning_rate", "0.05", "--warmup_steps", "0", "--lr_scheduler_type", "constant", "--load_best_model_at_end", "False",
+                                 trainer_class=Watched)
+            trainer.model.eval()
+            made[variant, kind] = folder, trainer
+        return made[variant, kind]
+
+    return make
+
+
+def base(tiny, kind):
+    return AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
+
+
+def logits(model):
+    ids = torch.arange(40).reshape(2, 20) * 7 % 300
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def reply(model, tokenizer):
+    prompts = [prompt(row["messages"][:-1], tokenizer, 160) for row in DIALOGUES]
+    return generation.replies(model, tokenizer, prompts, max_new_tokens=12)
+
+
+def stub_task(max_length=160):
+    return SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=max_length)
+
+
+def closed_formula(variant, kind):
+    """Trained parameters of a variant with the recipe's defaults, from the sizes in conftest.tiny_config."""
+    kv, total = KV_WIDTH[kind], 2 * LAYERS * KV_WIDTH[kind]
+    if variant == "lora":
+        return LAYERS * sum(RANK * (inputs + outputs) for inputs, outputs in LINEAR[kind])
+    if variant == "prefix":
+        return TOKENS * total
+    if variant == "prefix-projection":
+        return TOKENS * kv + (kv * PROJECTION + PROJECTION) + (PROJECTION * total + total)
+    if variant.startswith("adapter"):
+        return LAYERS * (1 if "pfeiffer" in variant else 2) * (2 * WIDTH * BOTTLENECK + BOTTLENECK + WIDTH)
+    biases = {"gpt2": sum(outputs for _, outputs in LINEAR[kind]) + 2 * WIDTH, "llama": 0}[kind]  # of the matrices and the two norms
+    block, norm = sum(i * o for i, o in LINEAR[kind]) + 2 * WIDTH + biases, {"gpt2": 2 * WIDTH, "llama": WIDTH}[kind]
+    embedding, positions = 400 * WIDTH, {"gpt2": 256 * WIDTH, "llama": 0}[kind]  # the head is the embedding
+    return embedding + norm + (block if variant == "full-top" else LAYERS * block + positions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exactly_the_method_s_parameters_change(variant, kind, finished, tiny):
+    _, trainer = finished(variant, kind)
+    own = re.compile((OWN.get(variant) or OWN[variant.split("-")[0]])[kind])
+    after = dict(trainer.model.named_parameters())
+    changed = {name for name, p in after.items() if not torch.equal(p, trainer.before[name])}
+    assert changed == {name for name in after if own.fullmatch(name)} == {name for name, p in after.items() if p.requires_grad}
+
+    inner = trainer.model if variant.startswith("full") else trainer.model.get_base_model()
+    shipped = dict(base(tiny, kind).named_parameters())
+    frozen = {name.replace(".base_layer", ""): p for name, p in inner.named_parameters() if not p.requires_grad}
+    assert all(torch.equal(p, shipped[name]) for name, p in frozen.items())
+    if not variant.startswith("full"):
+        assert frozen.keys() == shipped.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trainable_count_is_the_closed_formula(variant, kind, finished, tiny):
+    folder, trainer = finished(variant, kind)
+    expected = closed_formula(variant, kind)
+    assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == expected
+    record = models.read_record(folder)
+    assert record["trainable_parameters"] == expected
+    added = 0 if variant.startswith("full") else expected
+    assert record["total_parameters"] == sum(p.numel() for p in base(tiny, kind).parameters()) + added
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3"])
+@pytest.mark.parametrize("recipe", [lora, adapter])
+def test_a_new_lora_or_adapter_is_the_identity(recipe, kind, tiny):
+    expected = logits(base(tiny, kind))
+    set_seed(1)
+    model, _ = recipe.adapt(base(tiny, kind), stub_task(), recipe.MethodArguments(), None)
+    assert torch.equal(logits(model.eval()), expected)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "bottleneck_up" in name:
+                parameter.add_(1e-3)
+    assert not torch.equal(logits(model), expected)  # the comparison sees the smallest start that is none
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_loaded_run_answers_like_the_trained_model(variant, kind, finished, tiny):
+    folder, trainer = finished(variant, kind)
+    loaded, tokenizer = models.load_run(folder)
+    assert_same(variant, logits(loaded), logits(trainer.model))
+    assert reply(loaded, tokenizer) == reply(trainer.model, trainer.processing_class)
+    assert not torch.allclose(logits(loaded), logits(base(tiny, kind)), atol=1e-2)
+    untuned, _ = models.load_base(folder)
+    assert torch.equal(logits(untuned), logits(base(tiny, kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_libraries_own_loaders_read_a_run(variant, kind, finished, tiny):
+    folder, trainer = finished(variant, kind)
+    expected = logits(trainer.model)
+    if variant.startswith("full"):
+        loaded = [AutoModelForCausalLM.from_pretrained(folder)]
+        assert not (folder / "adapter_config.json").exists()
+    else:
+        loaded = [PeftModel.from_pretrained(base(tiny, kind), folder), AutoPeftModelForCausalLM.from_pretrained(folder)]
+        assert not (folder / "config.json").exists()
+    for model in loaded:
+        assert_same(variant, logits(model.eval()), expected)
+    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(DIALOGUES[0]["messages"], tokenize=False)
+    assert rendered == trainer.processing_class.apply_chat_template(DIALOGUES[0]["messages"], tokenize=False)
+
+
+def assert_same(variant, got, expected):
+    """Bit for bit; but PEFT saves what a projection amounts to, computed once rather than for each row of the batch."""
+    if variant == "prefix-projection":
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("full")])
+def test_disable_adapter_gives_the_base_model(variant, kind, finished, tiny):
+    _, trainer = finished(variant, kind)
+    tuned = logits(trainer.model)
+    with trainer.model.disable_adapter():
+        assert torch.equal(logits(trainer.model), logits(base(tiny, kind)))
+    assert torch.equal(logits(trainer.model), tuned)
+
+
+@pytest.mark.parametrize("flag", ["--activation_checkpointing", "--gradient_checkpointing"])
+def test_prefix_refuses_activation_checkpointing_when_arguments_are_parsed(flag, tmp_path):
+    argv = ["--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path / "run"), flag]
+    with pytest.raises(UserError, match="activation_checkpointing"):
+        args.parse(prefix.__doc__, prefix.MethodArguments, argv)
+    for recipe in (lora, adapter, full):
+        args.parse(recipe.__doc__, recipe.MethodArguments, argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prefix_needs_room_in_the_window(tiny, data, tmp_path):
+    method = prefix.MethodArguments(num_virtual_tokens=20)
+    prefix.adapt(base(tiny, "gpt2"), stub_task(max_length=236), method, None)
+    with pytest.raises(UserError, match="--max_length 237 and --num_virtual_tokens 20"):
+        prefix.adapt(base(tiny, "gpt2"), stub_task(max_length=237), method, None)
+    with pytest.raises(UserError, match="lower one of them"):
+        run_recipe("prefix", tiny("gpt2"), data, tmp_path / "run", "--max_length", "250")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("recipe", "flags", "message"), [
+    (prefix, ["--num_virtual_tokens", "0"], "--num_virtual_tokens 0"),
+    (full, ["--train_top_layers", "0"], "--train_top_layers 0 trains nothing"),
+])
+def test_a_setting_that_trains_nothing_is_refused(recipe, flags, message):
+    with pytest.raises(UserError, match=message):
+        args.parse(recipe.__doc__, recipe.MethodArguments, ["--use_cpu", "--bf16", "False", *flags])
+
+
+def test_more_top_layers_than_the_model_has_are_refused(tiny):
+    with pytest.raises(UserError, match="the model has 2 blocks"):
+        full.adapt(base(tiny, "llama"), stub_task(), full.MethodArguments(train_top_layers=3), None)
+
+
+def test_lora_trains_only_the_matrices_asked_for(tiny):
+    model, _ = lora.adapt(base(tiny, "llama"), stub_task(), lora.MethodArguments(target_modules="q_proj,v_proj", rank=4), None)
+    names = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"q_proj", "v_proj"}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == LAYERS * 4 * (32 + 32 + 32 + 16)
