@@ -10,7 +10,7 @@ DATA   ?= data/customer_service
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint chat model-gemma3 clean-runs
+.PHONY: help setup test lint chat model-gemma3
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
@@ -21,12 +21,12 @@ help:
 	@echo "make test             run the tests"
 	@echo "make lint             check the style"
 	@echo "make setup            only create $(VENV) and install (the other targets do so when needed)"
-	@echo "                      PYTHON=python3.11 chooses the interpreter"
+	@echo "                      PYTHON=python3.12 chooses the interpreter"
 
 setup: $(STAMP)
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-models.txt pyproject.toml
-	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'error: Python 3.10 or newer is needed; choose one with make PYTHON=python3.11 ...')"
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'error: Python 3.11 or newer is needed; choose one with make PYTHON=python3.12 ...')"
 	@echo "installing into $(VENV) (once, some minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt

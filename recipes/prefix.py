@@ -19,7 +19,7 @@ from recipes.common.errors import UserError
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(1e-2, "high: the prefix is far from the loss and has few parameters")
     num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)")
-    prefix_projection: bool = option(False, "compute the prefix from a small network, as the paper does; it is left out afterwards")
+    prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")
     projection_hidden_size: int = option(512, "width of that network (the paper's 512)")
 
     def check(self, shared, training):

@@ -1,7 +1,7 @@
 """Talk to a finished run in the terminal, or ask it one thing:
 
     python scripts/chat.py --run runs/lora-gpt2
-    python scripts/chat.py --run runs/lora-gpt2 --message "Where is my parcel?"
+    python scripts/chat.py --run runs/lora-gpt2 --system "" --message "Where is my parcel?"
 
 Commands: /reset starts over, /save FILE appends the conversation as a row to train on, /quit leaves. Reads standard input line by
 line when it is piped.

@@ -32,7 +32,7 @@ def main():
     record = models.read_record(run)
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder does not exist")
-    source, rows = held_out_rows(options, record)
+    source, rows, label = held_out_rows(options, record)
     used = record["model"]["used"]
     print(f"{len(rows)} dialogues from {source}")
     dtype = models.dtype(options.dtype)
@@ -43,14 +43,16 @@ def main():
     evaluation = summarise(results, rows, source, options, str(dtype).removeprefix("torch."))
     print_table(evaluation)
     print_samples(evaluation)
-    predictions = run / f"predictions-{options.split}.jsonl"
+    predictions = run / f"predictions-{label}.jsonl"
     predictions.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.pop("predictions")), encoding="utf-8")
     if options.json:
         Path(options.json).write_text(json.dumps(runs.visible(evaluation), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    record.setdefault("evaluation", {})[options.split] = evaluation
+    record.setdefault("evaluation", {})[label] = evaluation
     runs.write(run, record)
     print(f"\nall replies: {predictions}; report: {run / 'report.html'}\n"
-          f"next:\n  python scripts/chat.py --run {run}\n  tensorboard --logdir {run}\n  python scripts/train.py   (the other recipes)")
+          f"next:\n"
+          f"  {runs.python()} scripts/chat.py --run {run}\n  {runs.python()} -m tensorboard.main --logdir {run}\n"
+          f"  {runs.python()} scripts/train.py   (lists the other recipes)")
 
 
 def parse(argv=None):
@@ -58,7 +60,7 @@ def parse(argv=None):
     parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
     parser.add_argument("--data", help="a .jsonl file or a folder (default: the data of the run)")
-    parser.add_argument("--split", default="test", choices=["train", "dev", "test"], help="which rows (default: test)")
+    parser.add_argument("--split", choices=["train", "dev", "test"], help="which rows (default: test, or dev where there is no test file)")
     parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
@@ -70,25 +72,28 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def held_out_rows(options, record) -> tuple[str, list[dict]]:
-    """The dialogues to score on and where they are from. A file given by --data is taken whole."""
+def held_out_rows(options, record) -> tuple[str, list[dict], str]:
+    """The dialogues to score on, after where they are from and before a name for the results. A file given by --data is taken whole."""
     from recipes.common import data
 
     shared, training = record["shared_arguments"], record["training_arguments"]
-    if options.data and Path(options.data).is_file():
-        rows = data.read(Path(options.data), data.check_dialogue)
-        return rows.source, rows.rows[: options.limit]
     folder = options.data or shared["data"]
-    files = data.find(folder)
-    if options.split in files:
-        rows = data.read(files[options.split], data.check_dialogue, shared["on_bad_row"])
-    elif options.split == "dev":  # held out at training time: the same draw again
-        rows = data.load(folder, data.check_dialogue, shared["dev_fraction"], training["seed"], shared["on_bad_row"])["dev"]
+    prefix = f"{Path(options.data).stem}-" if options.data else ""  # other data must not replace the scores on the run's own
+    if options.data and Path(options.data).is_file():
+        rows, label = data.read(Path(options.data), data.check_dialogue, shared["on_bad_row"]), Path(options.data).stem
     else:
-        raise UserError(f"{folder} has no {options.split} file: use --split dev, or --data FILE")
+        files = data.find(folder)
+        split = options.split or ("test" if "test" in files else "dev")
+        label = prefix + split
+        if split in files and not Path(folder).is_file():
+            rows = data.read(files[split], data.check_dialogue, shared["on_bad_row"])
+        elif split == "test":
+            raise UserError(f"{folder} has no test file: use --split dev, or --data FILE")
+        else:  # dev was held out at training time: the same draw again
+            rows = data.load(folder, data.check_dialogue, shared["dev_fraction"], training["seed"], shared["on_bad_row"])[split]
     for sentence in rows.skipped:
         print(f"skipped {sentence}")
-    return rows.source, rows.rows[: options.limit]
+    return rows.source, rows.rows[: options.limit], label
 
 
 def answer(loaded, rows, record, options, name) -> dict:
@@ -98,7 +103,7 @@ def answer(loaded, rows, record, options, name) -> dict:
 
     model, tokenizer = loaded
     max_length = record["shared_arguments"]["max_length"]
-    features, counts = tasks.encode_dialogues(rows, tokenizer, max_length, f"{options.split} rows")
+    features, counts = tasks.encode_dialogues(rows, tokenizer, max_length, "rows")
     sums = dataset_losses(model, features, tokenizer.pad_token_id, f"Loss of {name}")
     prompts = generation.prompts_for(rows, tokenizer, min(max_length, generation.room(model, options.max_new_tokens)))
     fitting = [p for _, _, p in prompts if p is not None]
@@ -113,7 +118,7 @@ def summarise(results: dict, rows: list[dict], source: str, options, dtype: str)
     """The table, samples and predictions of all models, ready for JSON."""
     from recipes.common import metrics
 
-    languages = [row.get("language") or metrics.detect_language(" ".join(m["content"] for m in row["messages"][1:])) for row in rows]
+    languages = [language_of(row) for row in rows]
     turns = [(r, t) for r, t, _ in next(iter(results.values()))["replies"]]
     references = [rows[r]["messages"][t]["content"] for r, t in turns]
     table, notes = [], []
@@ -139,6 +144,15 @@ def summarise(results: dict, rows: list[dict], source: str, options, dtype: str)
     return {"source": source, "dialogues": len(rows), "replies": len(turns), "columns": list(COLUMNS.values()), "table": table,
             "notes": notes, "signature": f"{signature}; greedy, at most {options.max_new_tokens} new tokens, {dtype}", "samples": samples,
             "predictions": predictions}
+
+
+def language_of(row: dict) -> str:
+    """A row's own "language" if it is one that the metrics cut specially, else "zh" or "en" by its text."""
+    from recipes.common import metrics
+
+    if row.get("language") in ("en", "zh"):
+        return row["language"]
+    return metrics.detect_language(" ".join(m["content"] for m in row["messages"] if m["role"] != "system"))
 
 
 def print_table(evaluation: dict) -> None:

@@ -37,7 +37,7 @@ def listing() -> str:
 def find(name: str) -> Path:
     """The file of recipe `name`. Raises `UserError` that lists the recipes."""
     path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
-    if not path.is_file():
+    if not path.is_file() or path.name.startswith("_"):
         raise UserError(f"unknown recipe {name}: there is no {path}; the recipes are\n{listing()}")
     return path
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from recipes.common import chat
-from recipes.common.chat import IGNORE, Encoded, TemplateError, encode, end_of_turn_id, pad, prepare, prompt
+from recipes.common.chat import IGNORE, TemplateError, encode, end_of_turn_id, pad, prepare, prompt
 from recipes.common.errors import UserError
 
 WHOLE = 10**6  # a max_length that nothing exceeds
@@ -39,7 +39,8 @@ GEMMA = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 QWEN3 = (  # thoughts are dropped from history; what follows the last user turn gets a block of thoughts, be it an empty one
-    "{% set ns = namespace(query=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set ns = namespace(query=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}{% set thought = '' %}{% set content = m.content %}"
     "{% if m.role == 'assistant' and '</think>' in content %}"
     "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
@@ -252,8 +253,7 @@ def test_chinese_answers_include_each_token_inside_a_character():
 
 
 def test_chinese_with_merges_that_do_not_stop_at_characters():
-    han = "".join(dict(zip(map(ord, "谢"), "谢", strict=True)).values())
-    byte = [tokenizer_token for tokenizer_token in chatml().convert_ids_to_tokens(ids_of(han, chatml()))]
+    byte = chatml().convert_ids_to_tokens(ids_of("谢", chatml()))
     tokenizer = chatml(merges=[(byte[1], byte[2]), (byte[1] + byte[2], byte[0])])  # the second spans two characters
     assert len(ids_of("谢谢", tokenizer)) == 3
     encoded = encode(turns("谢谢", "谢谢"), tokenizer, WHOLE)
@@ -294,12 +294,34 @@ def test_end_of_turn_is_trained_on_when_it_is_also_the_padding():
     assert batch["labels"][0].tolist() == encoded.labels and batch["labels"][0, 23] == tokenizer.eos_token_id
 
 
-def test_two_user_turns_in_a_row_and_an_opening_assistant_turn():
-    tokenizer = chatml()
-    encoded = encode([*turns("Hi"), *turns("So?", "No.")], tokenizer, WHOLE)
-    assert_mask(encoded, tokenizer, (10 + 11 + 11, "No.<|im_end|>"))
-    encoded = encode(turns("Yo", "Hi", "No.", start="assistant"), tokenizer, WHOLE)
-    assert_mask(encoded, tokenizer, (11, "Yo<|im_end|>"), (15 + 10 + 11, "No.<|im_end|>"))
+def test_two_user_turns_in_a_row():
+    encoded = encode([*turns("Hi"), *turns("So?", "No.")], chatml(), WHOLE)
+    assert_mask(encoded, chatml(), (10 + 11 + 11, "No.<|im_end|>"))
+
+
+@pytest.mark.parametrize("kind, first, second", [
+    ("plain", (10, " Yo<eos>"), (16 + 10 + 10, " No.<eos>")),
+    ("chatml", (11, "Yo<|im_end|>"), (15 + 10 + 11, "No.<|im_end|>")),
+    ("llama3", (1 + 13, "Yo<|eot_id|>"), (1 + 16 + 11 + 13, "No.<|eot_id|>")),
+])
+def test_an_assistant_that_speaks_first_is_trained_on(kind, first, second):
+    tokenizer, messages = KINDS[kind][0](), turns("Yo", "Hi", "No.", start="assistant")
+    encoded = encode(messages, tokenizer, WHOLE)
+    assert_mask(encoded, tokenizer, first, second)
+    assert prompt([], tokenizer, WHOLE) == encoded.input_ids[: first[0]]
+    assert prompt(messages[:2], tokenizer, WHOLE) == encoded.input_ids[: second[0]]
+
+
+def test_an_assistant_that_speaks_first_is_refused_where_its_opening_is_unknown():
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        encode(turns("Yo", "Hi", "No.", start="assistant"), KINDS["gemma"][0](), WHOLE)
+    llama2 = ("{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+              "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}")
+    tokenizer = byte_tokenizer(llama2)
+    prepare(tokenizer)
+    assert_mask(encode(turns("Hi", "Yo"), tokenizer, WHOLE), tokenizer, (17, " Yo <eos>"))
+    with pytest.raises(TemplateError, match="how the assistant opens a dialogue"):
+        encode(turns("Yo", "Hi", "No.", start="assistant"), tokenizer, WHOLE)
 
 
 def test_two_assistant_turns_in_a_row_are_both_trained_on():
@@ -346,8 +368,7 @@ def every_token(encoded):
 
 
 def user_turn_too(encoded):
-    return replace(encoded, labels=encoded.input_ids[6:9] + encoded.labels[3:] if False else
-                   encoded.labels[:6] + encoded.input_ids[6:9] + encoded.labels[9:])
+    return replace(encoded, labels=encoded.labels[:6] + encoded.input_ids[6:9] + encoded.labels[9:])
 
 
 def without_end_of_turn(encoded, end):
@@ -366,7 +387,8 @@ def last_turn_only(encoded):
     return replace(encoded, labels=[IGNORE] * 30 + encoded.labels[30:])
 
 
-@pytest.mark.parametrize("broken", [every_token, user_turn_too, without_end_of_turn, one_too_early, line_break_after_the_end, last_turn_only])
+@pytest.mark.parametrize("broken", [
+    every_token, user_turn_too, without_end_of_turn, one_too_early, line_break_after_the_end, last_turn_only])
 def test_a_broken_mask_fails_the_assertion(broken):
     tokenizer = chatml()
     right = encode(turns("Hi", "Yo", "So?", "No."), tokenizer, WHOLE)
@@ -378,15 +400,14 @@ def test_a_broken_mask_fails_the_assertion(broken):
 
 
 @pytest.mark.parametrize("name, broken", [
-    ("spans", lambda messages, tokenizer: (tokenizer.apply_chat_template(messages, tokenize=False), [])),  # trains on nothing
+    ("spans", lambda messages, tokenizer: (tokenizer.apply_chat_template(messages, tokenize=False), [(0, 99)])),  # finds all of it
     ("_end_of_turn", lambda rest, tokenizer: 0),  # forgets the token that ends a turn
 ])
 def test_a_broken_search_for_the_turns_is_noticed(monkeypatch, name, broken):
     tokenizer = chatml()
     monkeypatch.setattr(chat, name, broken)
     with pytest.raises(AssertionError):
-        encoded = encode(turns("Hi", "Yo"), tokenizer, WHOLE) or Encoded([], [])
-        assert_mask(encoded, tokenizer, (21, "Yo<|im_end|>"))
+        assert_mask(encode(turns("Hi", "Yo"), tokenizer, WHOLE), tokenizer, (21, "Yo<|im_end|>"))
 
 
 # --------------------------------------------------------------------------------------------------------- truncation
@@ -553,7 +574,8 @@ REFUSED = {
     "no special token ends a turn": (
         BODY + "{{ m.content + '\n' }}{% endfor %}" + ASK, "does not end an assistant turn with a special token"),
     "only the last turn is ended": (
-        BODY + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}" + ASK, "not every assistant turn"),
+        BODY + "{{ m.content }}{% if m.role == 'user' or loop.last %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}" + ASK,
+        "not every assistant turn"),
     "plain words end a turn": (
         BODY + "{{ m.content + ' END\n' }}{% endfor %}" + ASK, "does not end an assistant turn with a special token"),
     "the answer stands there twice": (
@@ -567,9 +589,10 @@ REFUSED = {
     "the answer's length stands before it": (
         BODY + "{{ m.content | length }}{{ m.content + '<|im_end|>\n' }}{% endfor %}" + ASK, "precedes turn 2 differently"),
     "the answer's length stands at the end": (
-        BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}{{ messages[-1].content | length }}" + ASK, "differently according to the answer"),
+        BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ messages[-1].content | length if messages[-1].role == 'assistant' }}" + ASK, "end of the dialogue differently"),
     "the prompt opens thoughts that history lacks": (
-        BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+        BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + ASK.replace("assistant\n", "assistant\n<think>\n"),
         "is not what the template writes when a reply is asked for"),
     "the prompt counts the turns": (
         "{{ messages | length }}" + BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + ASK,
@@ -610,8 +633,10 @@ def test_a_tokenizer_without_end_of_text_is_refused():
 
 # ----------------------------------------------------------------------------------------------------- random dialogues
 
-FRAGMENTS = ["Yes.", "no", "MW204518", "User:", "Assistant:", "assistant", "model", "a  b", "line\nbreak", "\n\n", "请问", "好的，马上。", "😊",
-             "naïve", "é", "e\u0301", "“quoted”", "{{ m }}", "{% raw %}", "[INST]", "\t", "1.", "www.example.com/?a=b", "！？", "\u3000", "한국어"]
+FRAGMENTS = [
+    "Yes.", "no", "MW204518", "User:", "Assistant:", "assistant", "model", "a  b", "line\nbreak", "\n\n", "请问", "好的，马上。", "😊", "naïve",
+    "e\u0301", "“quoted”", "{{ m }}", "{% raw %}", "[INST]", "\t", "1.", "www.example.com/?a=b", "！？", "\u3000", "한국어",
+]
 
 
 def random_dialogue(rng, any_roles):

@@ -83,10 +83,11 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                     epilog=f"the Trainer, as the recipes set it:\n{trainer_flags}\n\n"
                            "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
     add_fields(parser.add_argument_group("this recipe"), method_class)
-    add_fields(parser.add_argument_group("every recipe"), SharedArguments)
-    parser.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
-    parser.add_argument("-h", "--help", action="help", help="show this text")
-    parser.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
+    every = parser.add_argument_group("every recipe")
+    add_fields(every, SharedArguments)
+    every.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
+    every.add_argument("-h", "--help", action="help", help="show this text")
+    every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
     known, rest = parser.parse_known_args(argv)
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
@@ -193,6 +194,9 @@ def _check(shared: SharedArguments, training) -> None:
         raise UserError(f"--dev_fraction {shared.dev_fraction} is no share: use a number between 0 and 1, such as 0.1")
     if shared.early_stopping_patience and not training.load_best_model_at_end:
         raise UserError("--early_stopping_patience needs --load_best_model_at_end with equal --eval_strategy and --save_strategy")
+    if training.n_gpu > 1:
+        raise UserError(f"one process sees {training.n_gpu} GPUs: start one per GPU with `accelerate launch --config_file "
+                        "recipes/accelerate/ddp.yaml scripts/train.py ...`, or choose one with CUDA_VISIBLE_DEVICES=0")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training.world_size == 1:
         raise UserError(f"{launched} processes were launched but do not form a group, so each would train alone: "

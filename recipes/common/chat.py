@@ -90,7 +90,7 @@ def prompt(messages: list[dict], tokenizer, max_length: int) -> list[int] | None
     """
     for start in _starts(messages, len(messages)):
         kept = messages[: _first(messages)] + messages[start:]
-        ids = tokenizer(_render(kept, tokenizer, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_opening(kept, tokenizer), add_special_tokens=False)["input_ids"]
         if len(ids) <= max_length:
             return ids
     return None
@@ -131,7 +131,7 @@ def spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
             raise TemplateError(f"the chat template changes the text of turn {i + 1}")
         start = position + len(before)
         position = start + len(content)
-        opening = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        opening = _opening(messages[:i], tokenizer)
         if not text[:start].startswith(opening):
             raise TemplateError(f"the prompt before turn {i + 1} is not what the template writes when a reply is asked for")
         found.append((len(opening), position + _end_of_turn(rest, tokenizer)))
@@ -188,6 +188,19 @@ def _render(messages: list[dict], tokenizer, add_generation_prompt: bool = False
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # Jinja's raise_exception and every other failure of a template's own code
         raise TemplateError(f"the model's chat template can't render this dialogue ({error})") from error
+
+
+def _opening(messages: list[dict], tokenizer) -> str:
+    """The text that the model answers to: `messages` and the opening of an assistant turn."""
+    if messages:
+        return _render(messages, tokenizer, add_generation_prompt=True)
+    # The assistant speaks first. An empty dialogue can't be rendered, so the opening is looked up in one of a single turn.
+    user = [{"role": "user", "content": "a"}]
+    asked = _render(user, tokenizer, add_generation_prompt=True).removeprefix(_render(user, tokenizer))
+    before = _render([{"role": "assistant", "content": _MARK}], tokenizer).partition(_MARK)[0]
+    if not asked or asked not in before:
+        raise TemplateError("the chat template does not say how the assistant opens a dialogue")
+    return before[: before.rindex(asked) + len(asked)]
 
 
 def _end_of_turn(rest: str, tokenizer) -> int:

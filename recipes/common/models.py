@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 # Only what loading needs: no pickles, no copies in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-HUB_TIMEOUT = 10  # seconds to answer before the Hub counts as out of reach
+HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,12 @@ def load_tokenizer(source: Source):
 
 
 def window(source: Source) -> int | None:
-    """The number of tokens the model can read, if its config states one."""
-    return getattr(AutoConfig.from_pretrained(source.folder).get_text_config(), "max_position_embeddings", None)
+    """The number of tokens the model can read, if its config states one. Raises `UserError` if the config can't be read."""
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{source.used} is no model that transformers knows: {' '.join(str(error).split())[:300]}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load(source: Source, tokenizer, dtype=torch.float32):

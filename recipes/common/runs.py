@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,7 +32,8 @@ def start(shared, method, training) -> None:
     if asked and asked.lower() != "true" and not Path(asked).is_dir():
         raise UserError(f"--resume_from_checkpoint {asked}: no such folder")
     if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
-        raise UserError(f"--output_dir {folder} holds another run: choose a new name, or continue it with --resume_from_checkpoint")
+        raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
+                        "or continue it with --resume_from_checkpoint")
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
     if training.process_index == 0:
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
@@ -70,7 +71,7 @@ def finish(trainer, task, shared, method) -> None:
         "task": task.name,
         "model": asdict(task.source),
         "command": command(training.world_size),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": task.report,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
@@ -93,7 +94,8 @@ def finish(trainer, task, shared, method) -> None:
     print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
           f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     print(f"dev loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
-    print(f"saved in {folder}; next:\n  python scripts/evaluate.py --run {folder} --base\n  python scripts/chat.py --run {folder}")
+    print(f"saved in {folder}; next:\n  {python()} scripts/evaluate.py --run {folder} --base\n"
+          f"  {python()} scripts/chat.py --run {folder}")
 
 
 def write(folder: Path, record: dict) -> None:
@@ -108,6 +110,12 @@ def command(world_size: int = 1) -> str:
     """The command line that repeats this run."""
     launcher = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
     return shlex.join([*launcher, os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def python() -> str:
+    """How to call this interpreter from here, also where its environment is not activated."""
+    path = os.path.relpath(sys.executable)
+    return "python" if path.startswith("..") else path
 
 
 def peak_memory_mb() -> int:

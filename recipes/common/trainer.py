@@ -97,8 +97,7 @@ def trained_state(model) -> dict[str, torch.Tensor]:
 
 def _check_same_kind(checkpoint, model) -> None:
     """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round."""
-    wanted = TRAINED if isinstance(model, PeftModel) else "trainer_state.json"
-    if not (Path(checkpoint) / wanted).is_file() or (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
+    if (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
         raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
 
 
