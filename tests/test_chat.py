@@ -351,6 +351,13 @@ def test_blanks_inside_an_answer_are_trained_on_where_the_tokenizer_trims_offset
     assert_mask(encode(turns("Hi", "a  b "), tokenizer, WHOLE), tokenizer, (position, answer + end))
 
 
+def test_a_blank_at_the_end_of_the_prompt_is_not_trained_on_where_the_tokenizer_trims_offsets():
+    template = chat.PLAIN_TEMPLATE.replace("'Assistant:'", "'Assistant: '")
+    tokenizer = byte_tokenizer(template, post_processor=processors.ByteLevel(trim_offsets=True))
+    prepare(tokenizer)  # there the blank's offsets are the place where the answer starts
+    assert_mask(encode(turns("Hi", "Yo"), tokenizer, WHOLE), tokenizer, (21, "Yo<eos>"))
+
+
 def test_bos_is_written_once():
     tokenizer = llama3()
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id  # the tokenizer alone would write one more
@@ -591,6 +598,9 @@ REFUSED = {
     "the answer's length stands at the end": (
         BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{{ messages[-1].content | length if messages[-1].role == 'assistant' }}" + ASK, "end of the dialogue differently"),
+    "the answer's first letter stands at the end": (
+        BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ messages[-1].content[0] if messages[-1].role == 'assistant' }}" + ASK, "end of the dialogue differently"),
     "the prompt opens thoughts that history lacks": (
         BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + ASK.replace("assistant\n", "assistant\n<think>\n"),
         "is not what the template writes when a reply is asked for"),
@@ -634,8 +644,8 @@ def test_a_tokenizer_without_end_of_text_is_refused():
 # ----------------------------------------------------------------------------------------------------- random dialogues
 
 FRAGMENTS = [
-    "Yes.", "no", "MW204518", "User:", "Assistant:", "assistant", "model", "a  b", "line\nbreak", "\n\n", "请问", "好的，马上。", "😊", "naïve",
-    "e\u0301", "“quoted”", "{{ m }}", "{% raw %}", "[INST]", "\t", "1.", "www.example.com/?a=b", "！？", "\u3000", "한국어",
+    "Yes.", "no", "MW204518", "User:", "Assistant:", "assistant", "model", "a  b", "line\nbreak", "\n\n", "请问", "好的，马上。", "😊",
+    "naïve", "e\u0301", "“quoted”", "{{ m }}", "{% raw %}", "[INST]", "\t", "1.", "www.example.com/?a=b", "！？", "\u3000", "한국어",
 ]
 
 

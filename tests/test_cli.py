@@ -225,7 +225,7 @@ def test_pickled_weights_are_not_loaded(tiny, good, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize(("file", "content"), [("model.safetensors", b"?"), ("tokenizer.json", b"{}"), ("config.json", b"{}")])
+@pytest.mark.parametrize(("file", "content"), [("model.safetensors", b"?"), ("tokenizer.json", b'{"version": '), ("config.json", b"{}")])
 def test_a_damaged_model(file, content, tiny, good, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(tiny("gpt2"), folder)
@@ -375,7 +375,7 @@ def test_a_run_whose_base_model_is_gone(run, tmp_path):
 
 def test_evaluate_without_rows(run, tmp_path):
     before = (run / "run.json").read_bytes()
-    refused(call("scripts/evaluate.py", "--run", run), "no test file", "--split dev", "--data")
+    refused(call("scripts/evaluate.py", "--run", run, "--split", "test"), "no test file", "--split dev", "--data")
     refused(call("scripts/evaluate.py", "--run", run, "--data", tmp_path / "nowhere"), "nowhere", "no such file or folder")
     refused(call("scripts/evaluate.py", "--run", run, "--split", "dev", "--json", tmp_path / "nowhere/scores.json"), "--json")
     assert (run / "run.json").read_bytes() == before and not list(run.glob("predictions*"))

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 
 import pytest
 
@@ -63,11 +62,14 @@ BAD_ROWS = {
     "content is blank": (dialogue(("user", " \n\u3000"), ("assistant", "Yo")), r"turn 1 \(user\) is empty"),
     "half a character": ('{"messages": [{"role": "user", "content": "Hi \\ud83d"}, {"role": "assistant", "content": "Yo"}]}',
                          r"turn 1: content holds half a character"),
-    "system turn late": (dialogue(("user", "Hi"), ("system", "Be kind."), ("assistant", "Yo")), r"turn 2: a system turn may only come first"),
-    "two system turns": (dialogue(("system", "Be kind."), ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo")), r"turn 2: a system"),
+    "system turn late": (dialogue(("user", "Hi"), ("system", "Be kind."), ("assistant", "Yo")),
+                         r"turn 2: a system turn may only come first"),
+    "two system turns": (dialogue(("system", "Be kind."), ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo")),
+                         r"turn 2: a system turn may only come first"),
     "train is a word": ({"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "train": "no"}]},
                         r"turn 2: \"train\" must be true or false, not 'no'"),
-    "train is a number": ({"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "train": 0}]}, r"turn 2: \"train\" must be true or false"),
+    "train is a number": ({"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "train": 0}]},
+                          r'turn 2: "train" must be true or false'),
     "no assistant turn": (dialogue(("user", "Hi"), ("user", "Hello?")), r"no assistant turn, so there is nothing to learn"),
     "no turn to train on": ({"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "train": False}]},
                             r'every assistant turn has "train": false'),
@@ -140,12 +142,9 @@ def test_an_unknown_file_is_named(tmp_path):
         read(tmp_path / "nowhere.jsonl", check_dialogue)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
-def test_a_file_that_may_not_be_read_is_named(write_jsonl):
-    path = write_jsonl([GOOD])
-    path.chmod(0)
-    with pytest.raises(UserError, match=r"train\.jsonl can't be read: Permission denied"):
-        read(path, check_dialogue)
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r" can't be read: Is a directory"):
+        read(tmp_path, check_dialogue)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "  \n\r\n\t\n", "\ufeff"])
@@ -163,8 +162,8 @@ def test_a_file_of_bad_rows_only_is_refused_even_when_they_are_skipped(write_jso
 
 def test_a_file_that_is_not_utf8_is_refused_with_the_row(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + '{"messages": "谢谢"}'.encode("gb18030") + b"\n")
-    with pytest.raises(UserError, match=r"train\.jsonl, row 3: not UTF-8 \(byte 0xd0\); save the file as UTF-8"):
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + '{"messages": "你好"}'.encode("gb18030") + b"\n")
+    with pytest.raises(UserError, match=r"train\.jsonl, row 3: not UTF-8 \(byte 0xc4\); save the file as UTF-8"):
         read(path, check_dialogue)
 
 

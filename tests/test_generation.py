@@ -1,5 +1,6 @@
 """Replies written in batches against replies written one at a time, and what the model is shown when it is asked for one."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ def test_batched_replies_equal_single_ones_in_the_order_of_the_prompts(kind, met
     model, tokenizer = make(kind, method)
     prompts = make_prompts(tokenizer)
     expected = one_by_one(model, tokenizer, prompts, 10)
-    assert len(set(expected)) == len(prompts) - 1, "the prompts must lead to different replies, or their order is not tested"
+    assert len(set(expected)) > len(prompts) // 2, "the prompts must lead to different replies, or their order is not tested"
     for batch_size in (1, 3, 16):
         texts, _ = generation.replies(model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size)
         assert texts == expected
@@ -91,8 +92,6 @@ def test_left_pad():
 @pytest.fixture(scope="module")
 def taught(tiny, tmp_path_factory):
     """A run that knows DIALOGUES by heart."""
-    import json
-
     folder = tmp_path_factory.mktemp("taught")
     (folder / "train.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in DIALOGUES), encoding="utf-8")
     (folder / "dev.jsonl").write_text(json.dumps(DIALOGUES[0], ensure_ascii=False) + "\n", encoding="utf-8")

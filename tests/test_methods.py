@@ -1,5 +1,6 @@
 """What each recipe trains, leaves alone, saves and loads, on tiny GPT-2 and Llama models; each run goes through the recipe's own main()."""
 
+import gc
 import importlib
 import json
 import re
@@ -18,6 +19,8 @@ from recipes.common import trainer as trainer_module
 from recipes.common.chat import prompt
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer
+
+gc.freeze()  # every Trainer collects garbage; looking through all of the imported libraries takes longer than these trainings
 
 KINDS = ("gpt2", "llama")
 # Recipe and flags of every variant that trains something different.
@@ -41,7 +44,8 @@ OWN = {
     "prefix": {kind: r"prompt_encoder\.default\..*" for kind in KINDS},
     "adapter": {kind: r".*\.bottleneck_(down|up)\.default\.(weight|bias)" for kind in KINDS},
     "full": {kind: ".*" for kind in KINDS},
-    "full-top": {"gpt2": r"transformer\.(h\.1\..*|ln_f\..*|wte\.weight)", "llama": r"model\.(layers\.1\..*|norm\.weight|embed_tokens\.weight)"},
+    "full-top": {"gpt2": r"transformer\.(h\.1\..*|ln_f\..*|wte\.weight)",
+                 "llama": r"model\.(layers\.1\..*|norm\.weight|embed_tokens\.weight)"},
 }
 
 
@@ -90,8 +94,8 @@ def finished(tiny, data, tmp_path_factory):
             recipe, *flags = VARIANTS[variant]
             folder = tmp_path_factory.mktemp("runs") / f"{variant}-{kind}"
             trainer = run_recipe(recipe, tiny(kind), data, folder, *flags, "--max_steps", "3", "--per_device_train_batch_size", "4",
-                                 "--learning_rate", "0.05", "--warmup_steps", "0", "--lr_scheduler_type", "constant", "--load_best_model_at_end", "False",
-                                 trainer_class=Watched)
+                                 "--learning_rate", "0.05", "--warmup_steps", "0", "--lr_scheduler_type", "constant",
+                                 "--load_best_model_at_end", "False", trainer_class=Watched)
             trainer.model.eval()
             made[variant, kind] = folder, trainer
         return made[variant, kind]

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat"},
-    "trainer": {"chat"},
+    "trainer": {"errors", "chat"},
     "runs": {"errors", "report"},
     "tasks": {"errors", "chat", "data", "metrics", "models"},
 }
@@ -163,17 +164,23 @@ def flags_of(script: str) -> set[str]:
     return set(re.findall(r"--\w+", out))
 
 
+def file_of(recipe: str) -> str:
+    """The file that `--recipe` names, relative to the project."""
+    return recipe if recipe.endswith(".py") else f"recipes/{recipe}.py"
+
+
 def recipe_flags(recipe: str) -> set[str]:
-    """The flags of a recipe: its own, the shared ones and the Trainer's."""
+    """The flags of the recipe in this file: its own, the shared ones and the Trainer's."""
     names = {f.name for f in dataclasses.fields(TrainingArguments)} | {f.name for f in dataclasses.fields(args.SharedArguments)}
-    tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8"))
+    path = ROOT / recipe if (ROOT / recipe).is_file() else ROOT / "recipes/lora.py"  # a copy is made of this one
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     method = next(node for node in tree.body if isinstance(node, ast.ClassDef))
     names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer"}
     return {f"--{name}" for name in names}
 
 
 def check_command(words: list[str], copies: set[str]) -> str | None:
-    """What is wrong with a command that is written down, or None. `copies` are recipes made by an earlier command."""
+    """What is wrong with a command that is written down, or None. `copies` are the files that earlier commands made."""
     while words and "=" in words[0] and not words[0].startswith("-"):  # NAME=value before the command
         words = words[1:]
     if words[0] == "make":
@@ -182,6 +189,8 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
         return None
     if words[0] not in ("python", "accelerate", "torchrun", ".venv/bin/python", ".venv/bin/accelerate", ".venv/bin/torchrun"):
         return f"unknown program {words[0]}"
+    if "-m" in words[1:2]:
+        return None if importlib.util.find_spec(words[2]) else f"there is no module {words[2]}"
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if script is None:
         return "names no file"
@@ -189,7 +198,7 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
     if "--config_file" in launcher and not (ROOT / launcher[launcher.index("--config_file") + 1]).is_file():
         return "names a hardware file that does not exist"
     if Path(script).parent == Path("recipes"):
-        given, script = ["--recipe", Path(script).stem, *given], "scripts/train.py"
+        given, script = ["--recipe", script, *given], "scripts/train.py"
     if not (ROOT / script).is_file():
         return f"{script} does not exist"
     if script != "scripts/train.py":
@@ -197,8 +206,10 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
     elif "--recipe" not in given:
         known = {"--help"}
     else:
-        recipe = given[given.index("--recipe") + 1]
-        known = recipe_flags("lora" if recipe in copies else recipe)
+        recipe = file_of(given[given.index("--recipe") + 1])
+        if recipe not in copies and not (ROOT / recipe).is_file():
+            return f"there is no recipe {recipe}"
+        known = recipe_flags(recipe)
     unknown = [word for word in given if word.startswith("--") and word.split("=")[0] not in known]
     return f"{script} has no flag {unknown[0]}" if unknown else None
 
@@ -214,11 +225,11 @@ def check_make(words: list[str], copies: set[str]) -> str | None:
     if out.returncode or "Nothing to be done" in out.stdout:
         return f"make fails: {out.stderr.strip() or out.stdout.strip()}"
     recipe = re.search(r"--recipe (\S+)", out.stdout)
-    if recipe and recipe[1] not in {path.stem for path in RECIPES} | copies:
+    if recipe and file_of(recipe[1]) not in {file_of(path.stem) for path in RECIPES} | copies:
         return f"there is no recipe {recipe[1]}"
     if recipe:
         unknown = [word for word in shlex.split(variables.get("ARGS", "")) if word.startswith("--")
-                   and word.split("=")[0] not in recipe_flags("lora" if recipe[1] in copies else recipe[1])]
+                   and word.split("=")[0] not in recipe_flags(file_of(recipe[1]))]
         unknown += [word for word in shlex.split(variables.get("EVAL", "")) if word.startswith("--")
                     and word not in flags_of("scripts/evaluate.py")]
         return f"unknown flag {unknown[0]}" if unknown else None
@@ -237,8 +248,8 @@ def complaints(text: str) -> list[str]:
     found, copies = [], set()
     for words in commands_in(text):
         for part in split_at(words, {"&&", ";", "|"}):
-            if part[0] == "cp" and Path(part[-1]).parent == Path("recipes"):
-                copies.add(Path(part[-1]).stem)
+            if part[0] == "cp":
+                copies.add(part[-1])
             if wrong := check_command(part, copies):
                 found.append(f"{shlex.join(part)}: {wrong}")
     return found
@@ -280,6 +291,7 @@ def test_readme_links_and_paths_exist(readme):
     ("python scripts/chat.py --rum runs/x", "no flag --rum"),
     ("accelerate launch scripts/train.py --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
     ("accelerate launch --config_file recipes/accelerate/cluster.yaml scripts/train.py --recipe lora", "hardware file"),
+    ("accelerate launch scripts/train.py --recipe mine.py", "no recipe mine.py"),
     ("pyton scripts/chat.py", "unknown program"),
 ])
 def test_a_wrong_readme_command_is_found(command, wrong):

@@ -71,7 +71,7 @@ def load(data: str, check: Check, dev_fraction: float, seed: int, on_bad_row: st
         train = splits["train"]
         if len(train.rows) < 2:
             raise UserError(f"{train.source} has one row: training needs at least two, as one is held out as dev")
-        held_out = max(1, round(len(train.rows) * dev_fraction))
+        held_out = min(max(1, round(len(train.rows) * dev_fraction)), len(train.rows) - 1)
         chosen = set(random.Random(seed).sample(range(len(train.rows)), held_out))
         source = f"{train.source} ({held_out} rows held out, seed {seed})"
         splits["dev"] = Rows([r for i, r in enumerate(train.rows) if i in chosen], source, train.sha256)
