@@ -34,9 +34,11 @@ def main():
         raise UserError(f"--json {options.json}: its folder does not exist")
     source, rows, label = held_out_rows(options, record)
     used = record["model"]["used"]
-    print(f"{len(rows)} dialogues from {source}")
     dtype = models.dtype(options.dtype)
-    tuned = answer(models.load_run(run, dtype), rows, record, options, record["recipe"])
+    model, tokenizer = models.load_run(run, dtype)
+    rows = renderable(rows, tokenizer, record["shared_arguments"]["on_bad_row"])
+    print(f"{len(rows)} dialogues from {source}")
+    tuned = answer((model, tokenizer), rows, record, options, record["recipe"])
     results = {record["recipe"]: tuned}
     if options.base:
         results = {f"{used} (untuned)": answer(models.load_base(run, dtype), rows, record, options, f"{used} (untuned)"), **results}
@@ -94,6 +96,24 @@ def held_out_rows(options, record) -> tuple[str, list[dict], str]:
     for sentence in rows.skipped:
         print(f"skipped {sentence}")
     return rows.source, rows.rows[: options.limit], label
+
+
+def renderable(rows: list[dict], tokenizer, on_bad_row: str) -> list[dict]:
+    """The rows that the model's chat template accepts; the others are listed, or stop the evaluation as they would the training."""
+    from recipes.common import chat
+
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            chat.spans(row["messages"], tokenizer)
+            kept.append(row)
+        except chat.TemplateError as error:
+            if on_bad_row == "stop":
+                raise UserError(f"dialogue {number}: {error}") from error
+            print(f"skipped dialogue {number}: {error}")
+    if not kept:
+        raise UserError("the model's chat template refuses every dialogue")
+    return kept
 
 
 def answer(loaded, rows, record, options, name) -> dict:

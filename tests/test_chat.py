@@ -95,7 +95,7 @@ KINDS = {  # how to build the tokenizer; text that the model writes before an an
     "generation": (lambda: byte_tokenizer(GENERATION, CHATML_TOKENS), "", "", "<|im_end|>", True),
     "llama3": (llama3, "", "", "<|eot_id|>", True),
     "gemma": (lambda: byte_tokenizer(GEMMA, GEMMA_TOKENS, bos="<bos>"), "", "", "<end_of_turn>", False),
-    "qwen3": (lambda: byte_tokenizer(QWEN3, CHATML_TOKENS), "", "<think>\n\n</think>\n\n", "<|im_end|>", True),
+    "qwen3": (lambda: byte_tokenizer(QWEN3, CHATML_TOKENS), "", "", "<|im_end|>", True),
 }
 
 
@@ -219,14 +219,17 @@ def test_gemma_refuses_what_its_template_refuses(messages, reason):
         prompt(messages[:-1], tokenizer, WHOLE)
 
 
-def test_qwen3_writes_the_empty_block_of_thoughts_itself_in_the_last_turn_only():
+def test_qwen3s_empty_block_of_thoughts_is_written_by_the_template_and_not_trained_on():
     tokenizer = KINDS["qwen3"][0]()
     prepare(tokenizer)
     encoded = encode(turns("Hi", "Yo", "So?", "No."), tokenizer, WHOLE)
     assert text_of(encoded.input_ids, tokenizer) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
         "<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nNo.<|im_end|>\n")
-    assert_mask(encoded, tokenizer, (21, "Yo<|im_end|>"), (47, "<think>\n\n</think>\n\nNo.<|im_end|>"))
+    assert_mask(encoded, tokenizer, (21, "Yo<|im_end|>"), (47 + 19, "No.<|im_end|>"))
+    asked = prompt(turns("Hi", "Yo", "So?"), tokenizer, WHOLE)
+    assert text_of(asked, tokenizer).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert encoded.input_ids[:66] == asked
 
 
 @pytest.mark.parametrize("answers", [("<think>Hm.</think>Yo", "No."), ("Yo", "<think>\nHm.\n</think>\n\nNo.")])
@@ -487,7 +490,9 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(kind):
         starts = span_starts(encoded)
         assert len(starts) == len(messages) // 2
         for i, start in enumerate(starts):
-            assert prompt(messages[: 2 * i + 1], tokenizer, WHOLE) == encoded.input_ids[:start]
+            # Qwen3 drops the thinking block from history: a turn is asked for with it, and stands in later history without it.
+            block = ids_of("<think>\n\n</think>\n\n", tokenizer) if kind == "qwen3" and start != starts[-1] else []
+            assert prompt(messages[: 2 * i + 1], tokenizer, WHOLE) == encoded.input_ids[:start] + block
 
 
 @pytest.mark.parametrize("kind", KINDS)

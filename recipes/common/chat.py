@@ -90,7 +90,8 @@ def prompt(messages: list[dict], tokenizer, max_length: int) -> list[int] | None
     """
     for start in _starts(messages, len(messages)):
         kept = messages[: _first(messages)] + messages[start:]
-        ids = tokenizer(_opening(kept, tokenizer), add_special_tokens=False)["input_ids"]
+        before = _render([*kept, {"role": "assistant", "content": _MARK}], tokenizer).partition(_MARK)[0]
+        ids = tokenizer(_opening(kept, tokenizer, before), add_special_tokens=False)["input_ids"]
         if len(ids) <= max_length:
             return ids
     return None
@@ -131,9 +132,7 @@ def spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
             raise TemplateError(f"the chat template changes the text of turn {i + 1}")
         start = position + len(before)
         position = start + len(content)
-        opening = _opening(messages[:i], tokenizer)
-        if not text[:start].startswith(opening):
-            raise TemplateError(f"the prompt before turn {i + 1} is not what the template writes when a reply is asked for")
+        opening = _opening(messages[:i], tokenizer, text[:start])
         found.append((len(opening), position + _end_of_turn(rest, tokenizer)))
     if not text.startswith(rest, position) or len(text) != position + len(rest):
         raise TemplateError("the chat template writes the end of the dialogue differently according to the answers")
@@ -190,8 +189,20 @@ def _render(messages: list[dict], tokenizer, add_generation_prompt: bool = False
         raise TemplateError(f"the model's chat template can't render this dialogue ({error})") from error
 
 
-def _opening(messages: list[dict], tokenizer) -> str:
-    """The text that the model answers to: `messages` and the opening of an assistant turn."""
+def _opening(messages: list[dict], tokenizer, before: str) -> str:
+    """The part of `before`, the text ahead of an answer to `messages`, that the model is given; the rest is its own to write.
+
+    That is the template's prompt for a reply. Blanks after it belong to the answer, as tokenizers join them to its first word. Anything
+    else (Qwen3's empty thinking block) is written by the template, so the model is given that too.
+    """
+    asked = _asked(messages, tokenizer)
+    if not before.startswith(asked):
+        raise TemplateError(f"the prompt before turn {len(messages) + 1} is not what the template writes when a reply is asked for")
+    return before if before[len(asked):].strip() else asked
+
+
+def _asked(messages: list[dict], tokenizer) -> str:
+    """What the template writes to ask for a reply to `messages`."""
     if messages:
         return _render(messages, tokenizer, add_generation_prompt=True)
     # The assistant speaks first. An empty dialogue can't be rendered, so the opening is looked up in one of a single turn.
@@ -223,10 +234,10 @@ def _prove(tokenizer) -> None:
             turns = sum(m["role"] == "assistant" for m in messages)
             if encoded.labels.count(end_of_turn_id(tokenizer)) != turns:  # written after the last turn only, or after none
                 raise TemplateError("not every assistant turn ends with the token that ends the last one")
-            for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-                opening = prompt(messages[:i], tokenizer, max_length=10**9)
-                if encoded.input_ids[: len(opening)] != opening or encoded.labels[len(opening)] == IGNORE:
-                    raise TemplateError("an answer's first token is not the one that follows the prompt")
+            # The last answer: what a template writes before earlier ones may differ (Qwen3 drops the thinking block from history).
+            opening = prompt(messages[:-1], tokenizer, max_length=10**9)
+            if encoded.input_ids[: len(opening)] != opening or encoded.labels[len(opening)] == IGNORE:
+                raise TemplateError("an answer's first token is not the one that follows the prompt")
         except TemplateError as error:
             raise UserError(f"this model's chat template can't be trained on safely: {error}; give the tokenizer another "
                             "chat_template, or remove it to use the plain one") from error

@@ -51,23 +51,31 @@ def load(shared, training) -> Task:
     features = {}
     for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples)):
         rows = splits[split].rows[:limit]
-        features[split], counts = encode_dialogues(rows, tokenizer, shared.max_length, splits[split].source)
+        features[split], counts = encode_dialogues(rows, tokenizer, shared.max_length, splits[split].source,
+                                                   shared.on_bad_row)
+        refused = counts.pop("refused")
         report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
-                                   "bad_rows": splits[split].skipped}
+                                   "bad_rows": splits[split].skipped + refused}
     if training.process_index == 0:
         print_report(source, report)
     return Task("chat", "CAUSAL_LM", source, tokenizer, features["train"], features["dev"], shared.max_length, window, report,
                 lambda: models.load(source, tokenizer))
 
 
-def encode_dialogues(rows: list[dict], tokenizer, max_length: int, name: str) -> tuple[Dataset, dict]:
-    """Tokenize dialogues into columns input_ids, labels; counts what was shortened or left out. Raises `UserError`."""
-    features, counts, left_out = [], Counter(), []
+def encode_dialogues(rows: list[dict], tokenizer, max_length: int, name: str, on_bad_row: str = "stop") -> tuple[Dataset, dict]:
+    """Tokenize dialogues into columns input_ids, labels; counts what was shortened or left out. Raises `UserError`.
+
+    Dialogues that the model's chat template refuses (no system turn, strict alternation) are bad rows, for this model.
+    """
+    features, counts, left_out, refused = [], Counter(), [], []
     for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
         try:
             encoded = chat.encode(row["messages"], tokenizer, max_length)
         except chat.TemplateError as error:
-            raise UserError(f"{name}, dialogue {number}: {error}") from error
+            if on_bad_row == "stop":
+                raise UserError(f"{name}, dialogue {number}: {error} (--on_bad_row skip leaves such dialogues out and lists them)") from error
+            refused.append(f"dialogue {number}: {error}")
+            continue
         if encoded is None:
             left_out.append(number)
             continue
@@ -78,7 +86,7 @@ def encode_dialogues(rows: list[dict], tokenizer, max_length: int, name: str) ->
         counts["supervised_tokens"] += sum(label != chat.IGNORE for label in encoded.labels[1:])  # the first predicts nothing
     if not features:
         raise UserError(f"{name}: no dialogue has a supervised token within --max_length {max_length}; raise --max_length")
-    summary = {"rows": len(rows), "kept": len(features), "left_out": left_out,
+    summary = {"rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused,
                **{key: counts[key] for key in ("shortened", "turns_dropped", "tokens", "supervised_tokens")}}
     return Dataset.from_list(features), summary
 
