@@ -67,7 +67,7 @@ def test_it_ends_with_a_table_samples_and_what_to_do_next(job):
     assert len(evaluation["samples"]) == 3
     for said in ("reference | ", "smollm2 (untuned) | ", "lora | ", "next:", f"scripts/chat.py --run {run}", "tensorboard"):
         assert said in table
-    assert re.search(r"[A-Za-z]{3}", next(text for who, text in evaluation["samples"][0] if who == "smollm2 (untuned)"))
+    assert all(text.strip() for sample in evaluation["samples"] for _, text in sample)  # a real model says something
     assert len((run / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()) == evaluation["replies"]
 
 

@@ -54,7 +54,7 @@ class Method:
 # Where these differ from TrainingArguments' own defaults, it is for runs of minutes to hours on some hundreds to some
 # ten thousands of dialogues: evaluate and save each epoch, keep the best, show curves.
 TRAINER_DEFAULTS = {
-    "num_train_epochs": (3.0, "passes over the train rows"),
+    "num_train_epochs": (2.0, "passes over the train rows"),
     "warmup_steps": (0.1, "below 1: share of all steps; the learning rate climbs to its peak meanwhile"),
     "lr_scheduler_type": ("cosine", "shape of the learning rate after the warm-up"),
     "logging_steps": (5.0, "steps between two lines of the log"),
