@@ -18,10 +18,10 @@ from recipes.common.args import option, trainer_option
 @dataclass
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(1e-3, "new weights that start as the identity take, and need, large steps")
-    bottleneck_size: int = option(32, "width of the bottleneck; 8 to 64 did equally well in the paper")
+    bottleneck_size: int = option(32, "width of the bottleneck; 8 to 64 did equally well in the paper", at_least=1)
     placement: Literal["houlsby", "pfeiffer"] = option("houlsby", "pfeiffer: after the feed-forward part only, half as many")
     activation: Literal["gelu", "relu", "silu", "tanh"] = option("gelu", "what stands between down and up")
-    dropout: float = option(0.0, "dropout inside the bottleneck, which holds back enough by being narrow")
+    dropout: float = option(0.0, "dropout inside the bottleneck, which holds back enough by being narrow", at_least=0, below=1)
 
 
 def adapt(model, task, method, training):

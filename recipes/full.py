@@ -12,18 +12,13 @@ from dataclasses import dataclass
 
 from recipes.common import args
 from recipes.common.args import option, trainer_option
-from recipes.common.errors import UserError
 
 
 @dataclass
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(5e-5, "every weight moves, so each may move only a little")
     weight_decay: float = trainer_option(0.01, "a mild pull towards zero, the usual value for fine-tuning")
-    train_top_layers: int = option(None, "freeze all but the top N blocks, the final norm and the head; default: train all")
-
-    def check(self, shared, training):
-        if self.train_top_layers is not None and self.train_top_layers < 1:
-            raise UserError(f"--train_top_layers {self.train_top_layers} trains nothing: use 1 or more, or leave it out")
+    train_top_layers: int = option(None, "freeze all but the top N blocks, the final norm and the head; default: train all", at_least=1)
 
 
 def adapt(model, task, method, training):

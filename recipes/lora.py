@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 from recipes.common import args
 from recipes.common.args import option, trainer_option
+from recipes.common.errors import UserError
 
 
 @dataclass
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(5e-4, "ten times that of full fine-tuning: B starts at zero, with few parameters")
-    rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common")
-    alpha: int = option(16, "the update is scaled by alpha / rank; twice the rank is the usual choice")
-    dropout: float = option(0.0, "dropout on the input of A; the low rank holds back enough, and masks cost a CPU a fifth of a step")
+    rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common", at_least=1)
+    alpha: int = option(16, "the update is scaled by alpha / rank; twice the rank is the usual choice", at_least=1)
+    dropout: float = option(0.0, "dropout on the input of A; the low rank holds back enough, and masks cost a CPU a fifth of a step",
+                            at_least=0, below=1)
     target_modules: str = option("all-linear", "matrices to update: all-linear, or names separated by commas (q_proj,v_proj)")
 
 
@@ -30,7 +32,10 @@ def adapt(model, task, method, training):
     targets = method.target_modules if method.target_modules == "all-linear" else method.target_modules.split(",")
     config = LoraConfig(task_type=task.peft_type, r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
                         target_modules=targets)
-    return get_peft_model(model, config), []
+    try:
+        return get_peft_model(model, config), []
+    except ValueError as error:  # PEFT's own sentence names the modules that it did not find
+        raise UserError(f"--target_modules {method.target_modules}: {error}") from error
 
 
 def main():

@@ -18,15 +18,14 @@ from recipes.common.errors import UserError
 @dataclass
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(1e-2, "high: the prefix is far from the loss and has few parameters")
-    num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)")
+    num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)",
+                                     at_least=1)
     prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")
-    projection_hidden_size: int = option(512, "width of that network (the paper's 512)")
+    projection_hidden_size: int = option(512, "width of that network (the paper's 512)", at_least=1)
 
     def check(self, shared, training):
         if training.activation_checkpointing or training.gradient_checkpointing:
             raise UserError("--activation_checkpointing would drop the prefix from the recomputed layers: leave it out for this recipe")
-        if self.num_virtual_tokens < 1:
-            raise UserError(f"--num_virtual_tokens {self.num_virtual_tokens}: use 1 or more")
 
 
 def adapt(model, task, method, training):

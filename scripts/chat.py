@@ -37,11 +37,12 @@ class Conversation:
 
         from recipes.common import chat, generation
 
-        self.messages.append({"role": "user", "content": text})
-        whole = chat.prompt(self.messages, self.tokenizer, 10**9)
-        prompt = chat.prompt(self.messages, self.tokenizer, generation.room(self.model, self.max_new_tokens))
+        asked = [*self.messages, {"role": "user", "content": text}]
+        limit = generation.room(self.model, self.max_new_tokens)
+        if limit < 1:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens} leaves no room for a question in the model's window: lower it")
+        whole, prompt = (chat.prompt(asked, self.tokenizer, tokens) for tokens in (10**9, limit))
         if prompt is None:
-            self.messages.pop()
             raise UserError("this message alone is longer than the model's window: shorten it")
         if len(prompt) < len(whole):
             print(f"(the oldest turns no longer fit: the model reads {len(prompt)} of {len(whole)} tokens)", file=sys.stderr)
@@ -56,7 +57,10 @@ class Conversation:
                                      max_new_tokens=self.max_new_tokens, **sampling,
                                      streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))[0, len(prompt):]
         answer = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        self.messages.append({"role": "assistant", "content": answer})
+        # Only now: an interrupted reply leaves the conversation as it was. A reply without text stays out, as no row may hold one.
+        self.messages = [*asked, {"role": "assistant", "content": answer}] if answer else self.messages
+        if not answer:
+            print("(the model said nothing; this exchange is left out of the conversation)", file=sys.stderr)
         return answer
 
     def save(self, file: str) -> str:
@@ -81,7 +85,7 @@ def main():
     from recipes.common import models
 
     record = models.read_record(Path(options.run))
-    model, tokenizer = models.load_run(options.run)
+    model, tokenizer = models.load_run(options.run, merge=True)
     system = options.system if options.system is not None else record["data"]["system"]
     conversation = Conversation(model, tokenizer, system, options.max_new_tokens, options.temperature)
     if options.message is not None:

@@ -35,7 +35,7 @@ def main():
     source, rows, label = held_out_rows(options, record)
     used = record["model"]["used"]
     dtype = models.dtype(options.dtype)
-    model, tokenizer = models.load_run(run, dtype)
+    model, tokenizer = models.load_run(run, dtype, merge=True)
     rows = renderable(rows, tokenizer, record["shared_arguments"]["on_bad_row"])
     print(f"{len(rows)} dialogues from {source}")
     tuned = answer((model, tokenizer), rows, record, options, record["recipe"])

@@ -7,6 +7,7 @@ all work under their own names. `transformers` is imported only once the command
 
 import argparse
 import difflib
+import math
 import os
 import sys
 import typing
@@ -18,13 +19,13 @@ from recipes.common.errors import UserError
 
 
 def option(default, help, **metadata):
-    """A dataclass field with its help text: one flag of a recipe."""
+    """A dataclass field with its help text: one flag of a recipe. `at_least` and `below` bound a number."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def trainer_option(default, help):
     """A flag of `TrainingArguments` for which the recipe has a better default; it is handed on to the Trainer."""
-    return option(default, help, trainer=True)
+    return option(default, help, trainer=True, at_least=0)
 
 
 @dataclass
@@ -35,12 +36,12 @@ class SharedArguments:
     data: str = option("data/customer_service", "a .jsonl file, or a folder with train/dev/test.jsonl (data/README.md)")
     task: typing.Literal["chat"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
-    max_length: int = option(768, "tokens a dialogue may have; longer ones lose whole turns, the oldest first")
+    max_length: int = option(768, "tokens a dialogue may have; longer ones lose whole turns, the oldest first", at_least=8)
     dev_fraction: float = option(0.1, "share of the train dialogues held out as dev where the data has no dev file")
     on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
-    max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)")
-    max_eval_samples: int = option(None, "evaluate on the first N dev rows only")
-    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never")
+    max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)", at_least=1)
+    max_eval_samples: int = option(None, "evaluate on the first N dev rows only", at_least=1)
+    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never", at_least=0)
 
 
 @dataclass
@@ -115,7 +116,8 @@ def add_fields(parser, cls) -> None:
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(f"--{f.name}", choices=typing.get_args(kind), default=default, help=shown)
         else:
-            parser.add_argument(f"--{f.name}", type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
+            bounded = _number(kind, f.metadata["at_least"], f.metadata.get("below")) if "at_least" in f.metadata else kind
+            parser.add_argument(f"--{f.name}", type=bounded, default=default, metavar=kind.__name__.upper(), help=shown)
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,11 +135,22 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
+def _number(kind, at_least, below=None):
+    """An argparse type: an int or a float, at_least <= number < below."""
+    def convert(text: str):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not at_least <= number < (math.inf if below is None else below):
+            bounds = f"of at least {at_least}" + (f" and below {below}" if below is not None else "")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number {bounds}")
+        return number
+
+    return convert
+
+
+positive = _number(int, 1)
 
 
 def _bare_resume(argv: list[str]) -> list[str]:
@@ -153,6 +166,7 @@ def _bare_resume(argv: list[str]) -> list[str]:
 def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser):
     import torch
     from transformers import HfArgumentParser, TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
     parser.error = Parser.error.__get__(parser)
@@ -180,7 +194,9 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         raise UserError(f"unknown flag {unknown[0]}: {hint}")
     values = {f.name: getattr(namespace, f.name) for f in fields(TrainingArguments) if f.init}
     try:
-        return TrainingArguments(**values | {name: value for name, value in defaults.items() if name not in given})
+        training = TrainingArguments(**values | {name: value for name, value in defaults.items() if name not in given})
+        get_reporting_integration_callbacks(training.report_to)
+        return training
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
 
@@ -188,8 +204,11 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
 def _check(shared: SharedArguments, training) -> None:
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
-    if shared.max_length < 8:
-        raise UserError(f"--max_length {shared.max_length} leaves no room for a dialogue: use 64 or more")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if not 0 < shared.dev_fraction < 1:
         raise UserError(f"--dev_fraction {shared.dev_fraction} is no share: use a number between 0 and 1, such as 0.1")
     if shared.early_stopping_patience and not training.load_best_model_at_end:

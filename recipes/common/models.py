@@ -144,8 +144,12 @@ def train_top_layers(model, count: int) -> None:
         module.requires_grad_(True)
 
 
-def load_run(run: str | Path, dtype=torch.float32):
-    """The tuned model of a run folder and its tokenizer, ready for use. Raises `UserError`."""
+def load_run(run: str | Path, dtype=torch.float32, merge: bool = False):
+    """The tuned model of a run folder and its tokenizer, ready for use. Raises `UserError`.
+
+    `merge` folds a LoRA update into the weights, in fp32 before they become `dtype`: the same function up to rounding, and several
+    times as fast in use, as each matrix is one product and not three.
+    """
     run = Path(run)
     read_record(run)  # refuses a folder that is no run
     if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -154,10 +158,13 @@ def load_run(run: str | Path, dtype=torch.float32):
     if (run / "config.json").is_file():
         model = load(Source(str(run), str(run), str(run)), tokenizer, dtype)
     else:
-        from peft import PeftModel
+        from peft import PeftModel, PeftType
 
         import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
-        model = PeftModel.from_pretrained(load_base(run, dtype)[0], run).to(dtype)
+        model = PeftModel.from_pretrained(load_base(run, torch.float32 if merge else dtype)[0], run)
+        if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
+            model = model.merge_and_unload()
+        model = model.to(dtype)
     return model.to(device()).eval(), tokenizer
 
 

@@ -35,10 +35,20 @@ def start(shared, method, training) -> None:
         raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
                         "or continue it with --resume_from_checkpoint")
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
+    _use_all_cores(training)
     if training.process_index == 0:
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {rows} dialogues a step, run folder {folder}")
+
+
+def _use_all_cores(training) -> None:
+    """Undo `accelerate launch`'s one thread for a lone process that turns out to have no GPU: it would take several times as long."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # what the launcher leaves behind
+    if launched and training.device.type == "cpu" and training.world_size == 1 and torch.get_num_threads() == 1 < cores:
+        torch.set_num_threads(cores)
+        print(f"note: accelerate launch allows a lone process one thread; on this CPU it uses {cores}")
 
 
 def checkpoint(training) -> str | None:

@@ -73,7 +73,7 @@ def encode_dialogues(rows: list[dict], tokenizer, max_length: int, name: str, on
             encoded = chat.encode(row["messages"], tokenizer, max_length)
         except chat.TemplateError as error:
             if on_bad_row == "stop":
-                raise UserError(f"{name}, dialogue {number}: {error} (--on_bad_row skip leaves such dialogues out and lists them)") from error
+                raise UserError(f"{name}, dialogue {number}: {error} (--on_bad_row skip leaves such dialogues out)") from error
             refused.append(f"dialogue {number}: {error}")
             continue
         if encoded is None:
