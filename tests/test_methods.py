@@ -252,8 +252,8 @@ def test_a_prefix_needs_room_in_the_window(tiny, data, tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "flags", "message"), [
-    (prefix, ["--num_virtual_tokens", "0"], "--num_virtual_tokens 0"),
-    (full, ["--train_top_layers", "0"], "--train_top_layers 0 trains nothing"),
+    (prefix, ["--num_virtual_tokens", "0"], "--num_virtual_tokens: '0'"),
+    (full, ["--train_top_layers", "0"], "--train_top_layers: '0'"),
 ])
 def test_a_setting_that_trains_nothing_is_refused(recipe, flags, message):
     with pytest.raises(UserError, match=message):
