@@ -167,7 +167,7 @@ def test_make_and_accelerate_add_no_traceback(tmp_path):
     ("lora", ["--num_train_epochs", "three"], ["--num_train_epochs", "'three'"]),
     ("lora", ["--bf16", "--fp16"], ["fp16", "bf16"]),
     ("lora", ["--fp16", "--use_cpu"], ["--fp16", "GPU", "--bf16"]),
-    ("lora", ["--max_length", "3"], ["--max_length 3"]),
+    ("lora", ["--max_length", "3"], ["--max_length", "'3'", "at least 8"]),
     ("lora", ["--max_length", "257"], ["--max_length 257", "256 tokens"]),
     ("lora", ["--dev_fraction", "1.5"], ["--dev_fraction 1.5"]),
     ("lora", ["--early_stopping_patience", "2", "--eval_strategy", "no"], ["--early_stopping_patience", "--load_best_model_at_end"]),
