@@ -48,7 +48,11 @@ class Conversation:
             print(f"(the oldest turns no longer fit: the model reads {len(prompt)} of {len(whole)} tokens)", file=sys.stderr)
 
         class Streamer(TextStreamer):
+            begun = False
+
             def on_finalized_text(self, text, stream_end=False):
+                text = text if self.begun else text.lstrip()  # the blank between "Assistant:" and the reply
+                self.begun = self.begun or bool(text)
                 print(text, end="\n" if stream_end else "", file=out, flush=True)
 
         ids, mask = generation.left_pad([prompt], self.tokenizer.pad_token_id)
