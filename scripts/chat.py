@@ -8,6 +8,7 @@ line when it is piped.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -88,6 +89,9 @@ def main():
         set_seed(options.seed)
     from recipes.common import models
 
+    for flag in ("message", "system"):
+        if _broken(getattr(options, flag) or ""):
+            raise UserError(f"--{flag}: not UTF-8; set the terminal's encoding to UTF-8")
     record = models.read_record(Path(options.run))
     model, tokenizer = models.load_run(options.run, merge=True)
     system = options.system if options.system is not None else record["data"]["system"]
@@ -95,6 +99,8 @@ def main():
     if options.message is not None:
         conversation.reply(options.message)
         return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{record['recipe']} on {record['model']['used']}. /reset, /save FILE, /quit")
@@ -112,6 +118,11 @@ def main():
             print("\n(interrupted)")
         except UserError as error:
             print(f"({error})", file=sys.stderr)
+
+
+def _broken(text: str) -> bool:
+    """Whether `text` holds half characters, as bytes that are not UTF-8 become on a command line."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def step(conversation: Conversation, line: str) -> bool:
@@ -138,7 +149,8 @@ def parse(argv=None):
     parser.add_argument("--message", help="answer this and exit")
     parser.add_argument("--system", help="the system turn; '' for none (default: the most frequent one of the run's data)")
     parser.add_argument("--max_new_tokens", type=args.positive, default=256, help="longest reply (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample, with top_p 0.9 (default: 0, the likeliest token)")
+    parser.add_argument("--temperature", type=args.not_negative, default=0.0, 
+                        help="above 0: sample, with top_p 0.9 (default: 0, the likeliest token)")
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     return parser.parse_args(argv)
 

@@ -30,8 +30,8 @@ def main():
 
     run = Path(options.run)
     record = models.read_record(run)
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: its folder does not exist")
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
+        raise UserError(f"--json {options.json}: name a file in a folder that exists")
     source, rows, label = held_out_rows(options, record)
     used = record["model"]["used"]
     dtype = models.dtype(options.dtype)
@@ -69,7 +69,7 @@ def parse(argv=None):
     parser.add_argument("--batch_size", type=args.positive, default=32, help="replies generated at a time (default: 32)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
-    parser.add_argument("--samples", type=int, default=3, help="replies shown at the end (default: 3)")
+    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
     return parser.parse_args(argv)
 
@@ -80,9 +80,13 @@ def held_out_rows(options, record) -> tuple[str, list[dict], str]:
 
     shared, training = record["shared_arguments"], record["training_arguments"]
     folder = options.data or shared["data"]
-    prefix = f"{Path(options.data).stem}-" if options.data else ""  # other data must not replace the scores on the run's own
-    if options.data and Path(options.data).is_file():
-        rows, label = data.read(Path(options.data), data.check_dialogue, shared["on_bad_row"]), Path(options.data).stem
+    # Other data must not replace the scores on the run's own, so its name goes into theirs.
+    other = Path(options.data).absolute() if options.data else None
+    prefix = f"{other.name}-" if other else ""
+    if other and other.is_file():
+        if options.split:
+            raise UserError(f"--split {options.split}: a file given by --data is scored whole; leave --split out")
+        rows, label = data.read(Path(options.data), data.check_dialogue, shared["on_bad_row"]), f"{other.parent.name}-{other.stem}"
     else:
         files = data.find(folder)
         split = options.split or ("test" if "test" in files else "dev")
@@ -93,6 +97,9 @@ def held_out_rows(options, record) -> tuple[str, list[dict], str]:
             raise UserError(f"{folder} has no test file: use --split dev, or --data FILE")
         else:  # dev was held out at training time: the same draw again
             rows = data.load(folder, data.check_dialogue, shared["dev_fraction"], training["seed"], shared["on_bad_row"])[split]
+            if not options.data and rows.sha256 != record["data"]["splits"][split]["sha256"]:
+                raise UserError(f"{folder} has changed since the training, so the rows held out then can't be told from the others: "
+                                "give dialogues that the run has not seen with --data FILE")
     for sentence in rows.skipped:
         print(f"skipped {sentence}")
     return rows.source, rows.rows[: options.limit], label
@@ -125,13 +132,17 @@ def answer(loaded, rows, record, options, name) -> dict:
     max_length = record["shared_arguments"]["max_length"]
     features, counts = tasks.encode_dialogues(rows, tokenizer, max_length, "rows")
     sums = dataset_losses(model, features, tokenizer.pad_token_id, f"Loss of {name}")
-    prompts = generation.prompts_for(rows, tokenizer, min(max_length, generation.room(model, options.max_new_tokens)))
+    limit = min(max_length, generation.room(model, options.max_new_tokens))
+    if limit < 1:
+        raise UserError(f"--max_new_tokens {options.max_new_tokens} leaves no room for a question in the model's window: lower it")
+    prompts = generation.prompts_for(rows, tokenizer, limit)
     fitting = [p for _, _, p in prompts if p is not None]
     texts, cut = generation.replies(model, tokenizer, fitting, options.max_new_tokens, options.batch_size, f"Replies of {name}")
     texts = iter(texts)
     kept = [r for r in range(len(rows)) if r + 1 not in set(counts["left_out"])]
     return {"losses": list(zip(kept, sums[:, 0].tolist(), sums[:, 1].tolist(), strict=True)), "cut": cut,
-            "too_long": len(prompts) - len(fitting), "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}
+            "limit": limit, "too_long": len(prompts) - len(fitting),
+            "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}
 
 
 def summarise(results: dict, rows: list[dict], source: str, options, dtype: str) -> dict:
@@ -154,7 +165,8 @@ def summarise(results: dict, rows: list[dict], source: str, options, dtype: str)
         if result["cut"]:
             notes.append(f"{name}: {result['cut']} of {len(turns)} replies did not end within {options.max_new_tokens} tokens and were cut")
         if result["too_long"]:
-            notes.append(f"{name}: {result['too_long']} questions do not fit into the model's window; their replies count as empty")
+            notes.append(f"{name}: {result['too_long']} questions exceed the {result['limit']} tokens that the run's --max_length and the "
+                         "model's window leave; their replies count as empty")
     table.sort(key=lambda row: ("en", "zh", "all").index(row["language"]))
     chosen = [round(i * (len(turns) - 1) / max(1, options.samples - 1)) for i in range(min(options.samples, len(turns)))]
     samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),

@@ -390,6 +390,53 @@ def test_evaluate_without_rows(run, tmp_path):
     assert (run / "run.json").read_bytes() == before and not list(run.glob("predictions*"))
 
 
+def test_a_file_is_scored_whole(run):
+    refused(call("scripts/evaluate.py", "--run", run, "--data", run.parent / "train.jsonl", "--split", "dev"), "--split dev", "whole")
+
+
+def test_rows_held_out_from_data_that_changed_are_not_scored(run):
+    data = run.parent / "train.jsonl"
+    before = data.read_text(encoding="utf-8")
+    try:
+        data.write_text(before + json.dumps(DIALOGUES[0]) + "\n", encoding="utf-8")
+        refused(call("scripts/evaluate.py", "--run", run), "has changed since the training", "--data FILE")
+    finally:
+        data.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "chat_template.jinja", "tokenizer.json"])
+@pytest.mark.parametrize("harm", ["missing", "cut"])
+def test_a_run_with_a_missing_or_damaged_file(file, harm, run, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "run")
+    if harm == "missing":
+        (broken / file).unlink()
+    else:
+        (broken / file).write_bytes((broken / file).read_bytes()[:20])
+    result = call("scripts/chat.py", "--run", broken, "--message", "hi")
+    assert result.code != 0 and result.err.splitlines()[-1].startswith("error: ") and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("record", ['{"recipe": "lora"}', "[]"])
+def test_a_run_json_that_is_none(record, run, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "run")
+    (broken / "run.json").write_text(record, encoding="utf-8")
+    for script, words in (("chat", ["--message", "hi"]), ("evaluate", [])):
+        refused(call(f"scripts/{script}.py", "--run", broken, *words), "run.json", "damaged")
+
+
+def test_a_folder_with_other_files_is_not_written_into(good, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("precious", encoding="utf-8")
+    refused(call("recipes/lora.py", *good, "--output_dir", tmp_path / "mine"), "no run's")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+
+
+def test_a_training_that_diverged_does_not_end_as_a_success(good, tmp_path):
+    result = call("recipes/lora.py", *good, "--output_dir", tmp_path / "out", "--learning_rate", "1e30", "--warmup_steps", "0",
+                  "--max_steps", "3", "--no_bf16")
+    assert result.code != 0 and "diverged" in result.err and "--learning_rate" in result.err and "Traceback" not in result.err
+
+
 # Help
 
 

@@ -106,7 +106,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(variant, killed, tiny, dat
     recipe, *own = VARIANTS[variant]
     # The bare flag takes the newest checkpoint of the run folder; without one, it starts at the beginning and says so.
     through = run_recipe(recipe, tiny("gpt2"), data, tmp_path / "through", *own, *STEPS, "--resume_from_checkpoint")
-    assert "through holds no checkpoint: starting at step 0" in capsys.readouterr().out
+    assert "through holds no whole checkpoint: starting at step 0" in capsys.readouterr().out
     folder = killed(variant)
     resumed = run_recipe(recipe, tiny("gpt2"), data, folder, *own, *STEPS, "--resume_from_checkpoint")
     assert f"resuming from {folder / 'checkpoint-8'}" in capsys.readouterr().out
@@ -126,6 +126,29 @@ def test_a_resume_that_forgets_the_weights_is_caught(killed, tiny, data, tmp_pat
     resumed = run_recipe(recipe, tiny("gpt2"), data, killed("prefix-projection"), *own, *STEPS, "--resume_from_checkpoint",
                          trainer_class=ForgetsTheWeights)
     assert curve(resumed, "loss") != curve(through, "loss")
+
+
+def test_a_checkpoint_whose_writing_was_interrupted_is_passed_over(killed, tiny, data, tmp_path, capsys):
+    folder = killed("lora")
+    recipe, *own = VARIANTS["lora"]
+    for name in ("trainer_state.json", "trained_parameters.safetensors"):  # what a kill in the middle of a save leaves out
+        (folder / "checkpoint-8" / name).unlink()
+    with pytest.raises(UserError, match="checkpoint-8: it is incomplete"):
+        run_recipe(recipe, tiny("gpt2"), data, tmp_path / "new", *own, *STEPS, "--resume_from_checkpoint", str(folder / "checkpoint-8"))
+    resumed = run_recipe(recipe, tiny("gpt2"), data, folder, *own, *STEPS, "--resume_from_checkpoint")
+    said = capsys.readouterr().out
+    assert f"{folder / 'checkpoint-8'} is incomplete" in said and f"resuming from {folder / 'checkpoint-6'}" in said
+    through = run_recipe(recipe, tiny("gpt2"), data, tmp_path / "through", *own, *STEPS)
+    assert same(trained(resumed.model), trained(through.model))
+
+
+def test_a_damaged_checkpoint_is_told_in_a_sentence(killed, tiny, data):
+    folder = killed("lora")
+    recipe, *own = VARIANTS["lora"]
+    file = folder / "checkpoint-8/trained_parameters.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="checkpoint-8 is damaged"):
+        run_recipe(recipe, tiny("gpt2"), data, folder, *own, *STEPS, "--resume_from_checkpoint")
 
 
 def test_a_named_checkpoint_can_be_resumed_into_a_new_folder(some_killed, tiny, data, tmp_path):

@@ -150,7 +150,7 @@ def _number(kind, at_least, below=None):
     return convert
 
 
-positive = _number(int, 1)
+positive, whole, not_negative = _number(int, 1), _number(int, 0), _number(float, 0)
 
 
 def _bare_resume(argv: list[str]) -> list[str]:

@@ -8,12 +8,14 @@ class UserError(Exception):
 
 
 def install() -> None:
-    """Make an uncaught `UserError` print its sentence alone. The exit status is 1, as for any uncaught error."""
+    """Make an uncaught `UserError`, or Ctrl-C, print a sentence and no traceback. The exit status is 1, as for any uncaught error."""
     previous = sys.excepthook
 
     def hook(kind, value, trace):
         if issubclass(kind, UserError):
             print(f"error: {value}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            print("\ninterrupted (a training goes on from its last checkpoint with --resume_from_checkpoint)", file=sys.stderr)
         else:
             previous(kind, value, trace)
 

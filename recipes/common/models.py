@@ -152,9 +152,19 @@ def load_run(run: str | Path, dtype=torch.float32, merge: bool = False):
     """
     run = Path(run)
     read_record(run)  # refuses a folder that is no run
+    try:
+        return _load_run(run, dtype, merge)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{run} can't be loaded, as files are missing or damaged ({' '.join(str(error).split())[:200]}): "
+                        "train again under a new name") from error
+
+
+def _load_run(run: Path, dtype, merge: bool):
     if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{run} holds no model any more, only its record: train again under a new name")
     tokenizer = AutoTokenizer.from_pretrained(run)
+    if tokenizer.chat_template is None:
+        raise ValueError("no chat template")
     if (run / "config.json").is_file():
         model = load(Source(str(run), str(run), str(run)), tokenizer, dtype)
     else:
@@ -195,7 +205,10 @@ def native_bf16() -> bool:
 def read_record(run: Path) -> dict:
     """The run folder's run.json. Raises `UserError`."""
     try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not {"recipe", "model", "data", "shared_arguments", "training_arguments"} <= record.keys():
+            raise ValueError("its entries are not those of a run")
+        return record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--run {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
     except ValueError as error:

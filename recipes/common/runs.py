@@ -7,6 +7,7 @@ import platform
 import resource
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 from transformers import enable_full_determinism, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from recipes.common import report
 from recipes.common.errors import UserError
@@ -28,12 +28,20 @@ def start(shared, method, training) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"--output_dir {folder}: {existing} is a file: name a folder")
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
     asked = training.resume_from_checkpoint
-    if asked and asked.lower() != "true" and not Path(asked).is_dir():
-        raise UserError(f"--resume_from_checkpoint {asked}: no such folder")
+    if asked and asked.lower() != "true" and not complete(Path(asked)):
+        why = "it is incomplete, as its writing was interrupted" if Path(asked).is_dir() else "no such folder"
+        raise UserError(f"--resume_from_checkpoint {asked}: {why}")
     if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
         raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
                         "or continue it with --resume_from_checkpoint")
+    # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint.
+    if not asked and folder.is_dir() and any(path.name != "runs" for path in folder.iterdir()):
+        raise UserError(f"--output_dir {folder} holds files that are no run's, which could be overwritten: name a new folder")
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
     _use_all_cores(training)
     if training.process_index == 0:
@@ -58,10 +66,22 @@ def checkpoint(training) -> str | None:
         return None
     if asked.lower() != "true":
         return asked
-    newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    found = sorted(Path(training.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    newest = next((path for path in found if complete(path)), None)
     if training.process_index == 0:
-        print(f"resuming from {newest}" if newest else f"{training.output_dir} holds no checkpoint: starting at step 0")
-    return newest
+        for path in found[: found.index(newest) if newest else None]:
+            print(f"note: {path} is incomplete, as its writing was interrupted: passed over")
+        print(f"resuming from {newest}" if newest else f"{training.output_dir} holds no whole checkpoint: starting at step 0")
+    return str(newest) if newest else None
+
+
+def complete(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes trainer_state.json last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def finish(trainer, task, shared, method) -> None:
@@ -104,6 +124,9 @@ def finish(trainer, task, shared, method) -> None:
     print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
           f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     print(f"dev loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
+    if not math.isfinite(metrics["eval_loss"]):
+        raise UserError(f"the training diverged: its dev loss is {metrics['eval_loss']}; lower --learning_rate and train under a new name "
+                        f"({folder} is kept for inspection)")
     print(f"saved in {folder}; next:\n  {python()} scripts/evaluate.py --run {folder} --base\n"
           f"  {python()} scripts/chat.py --run {folder}")
 

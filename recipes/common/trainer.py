@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer
@@ -81,7 +82,10 @@ class RecipeTrainer(Trainer):
         # A prefix behind a projection is saved by PEFT as the projection's result: right for use, useless to train on.
         if not isinstance(self.model, PeftModel):
             return False
-        state = load_file(Path(checkpoint) / TRAINED)
+        try:
+            state = load_file(Path(checkpoint) / TRAINED)
+        except SafetensorError as error:
+            raise UserError(f"{checkpoint} is damaged ({error}): resume from another checkpoint by naming its folder") from error
         own = trained_state(self.model)
         if {name: p.shape for name, p in state.items()} != {name: p.shape for name, p in own.items()}:
             raise UserError(f"{checkpoint} was written by another method or with other settings: resume with the same flags")
@@ -176,7 +180,7 @@ def token_metrics(prediction) -> dict[str, float]:
     """Mean negative log-likelihood in nats per supervised token and its exponential, from `row_sums` of all rows."""
     nll, tokens = prediction.predictions.sum(axis=0)
     loss = float(nll / tokens)
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # a NaN stays one
 
 
 def _hold_frozen_in_bf16(model) -> None:
