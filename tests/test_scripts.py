@@ -254,8 +254,9 @@ def test_evaluate_on_another_file(run, write_jsonl):
     result = call("scripts/evaluate.py", "--run", run, "--data", file, "--max_new_tokens", "2")
     assert result.code == 0, result.err
     assert f"2 dialogues from {file}" in result.out
-    lines = [json.loads(line) for line in (run / "predictions-other.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert read(run)["evaluation"].keys() == {"other"}  # beside the scores on the run's own rows, not in their place
+    name = f"{file.parent.name}-other"
+    lines = [json.loads(line) for line in (run / f"predictions-{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert read(run)["evaluation"].keys() == {name}  # beside the scores on the run's own rows, not in their place
     assert [(line["id"], line["language"]) for line in lines] == [(0, "zh"), (1, "en"), (1, "en")]
 
 
@@ -357,7 +358,7 @@ def test_a_long_conversation_loses_its_oldest_turns(trained):
     text = "\n".join(["Where is my order? Is it on the way?"] * 12)
     result = call("scripts/chat.py", "--run", folder, "--max_new_tokens", "16", stdin=text)
     assert result.code == 0 and "oldest turns no longer fit" in result.err
-    alone = call("scripts/chat.py", "--run", folder, "--message", "Where is my order? " * 60)
+    alone = call("scripts/chat.py", "--run", folder, "--max_new_tokens", "16", "--message", "Where is my order? " * 60)
     refused(alone, "longer than the model's window")
     goes_on = call("scripts/chat.py", "--run", folder, "--max_new_tokens", "4", stdin="Where is my order? " * 60 + "\nhi\n/quit\n")
     assert goes_on.code == 0 and goes_on.err.count("longer than the model's window") == 1

@@ -170,6 +170,8 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
 
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
     parser.error = Parser.error.__get__(parser)
+    # transformers offers --no_X only for what is on by its own default, not by ours.
+    argv = [f"--{word[5:]}=False" if word in ("--no_bf16", "--no_load_best_model_at_end") else word for word in argv]
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
     if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
