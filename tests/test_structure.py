@@ -316,7 +316,7 @@ def test_one_rule_makes_every_recipe_and_model():
                          capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert '--recipe mine --model "Qwen/Qwen3-0.6B" --fallback_model smollm2' in out
     assert re.search(r'--data "here"\s+--output_dir "there"\s+\\\s+--num_train_epochs 1 --rank 2', out)
-    assert re.search(r"scripts/evaluate.py --run "there" --base\s+--limit 3", out)
+    assert re.search(r'scripts/evaluate.py --run "there" --base\s+--limit 3', out)
 
 
 def test_make_alone_prints_help():
