@@ -149,7 +149,7 @@ def parse(argv=None):
     parser.add_argument("--message", help="answer this and exit")
     parser.add_argument("--system", help="the system turn; '' for none (default: the most frequent one of the run's data)")
     parser.add_argument("--max_new_tokens", type=args.positive, default=256, help="longest reply (default: 256)")
-    parser.add_argument("--temperature", type=args.not_negative, default=0.0, 
+    parser.add_argument("--temperature", type=args.not_negative, default=0.0,
                         help="above 0: sample, with top_p 0.9 (default: 0, the likeliest token)")
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     return parser.parse_args(argv)

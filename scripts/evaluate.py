@@ -158,8 +158,9 @@ def summarise(results: dict, rows: list[dict], source: str, options, dtype: str)
         signature = scores.pop("signature")
         for language, score in scores.items():
             part = [(nats, n) for r, nats, n in result["losses"] if language in ("all", languages[r])]
-            loss = sum(nats for nats, _ in part) / sum(n for _, n in part) if part else math.nan
-            score |= {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+            nats, tokens = sum(nats for nats, _ in part), sum(n for _, n in part)
+            score |= {"loss": nats / tokens, "perplexity": metrics.perplexity(nats, tokens)} if part else \
+                     {"loss": math.nan, "perplexity": math.nan}
             table.append({"language": language, "model": name, "replies": score["n"], "empty": score["empty"],
                           "values": [score[key] for key in COLUMNS]})
         if result["cut"]:

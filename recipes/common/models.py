@@ -151,15 +151,15 @@ def load_run(run: str | Path, dtype=torch.float32, merge: bool = False):
     times as fast in use, as each matrix is one product and not three.
     """
     run = Path(run)
-    read_record(run)  # refuses a folder that is no run
+    record = read_record(run)
     try:
-        return _load_run(run, dtype, merge)
+        return _load_run(run, record, dtype, merge)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{run} can't be loaded, as files are missing or damaged ({' '.join(str(error).split())[:200]}): "
                         "train again under a new name") from error
 
 
-def _load_run(run: Path, dtype, merge: bool):
+def _load_run(run: Path, record: dict, dtype, merge: bool):
     if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{run} holds no model any more, only its record: train again under a new name")
     tokenizer = AutoTokenizer.from_pretrained(run)
@@ -171,7 +171,8 @@ def _load_run(run: Path, dtype, merge: bool):
         from peft import PeftModel, PeftType
 
         import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
-        model = PeftModel.from_pretrained(load_base(run, torch.float32 if merge else dtype)[0], run)
+        base = load(resolve(record["model"]["used"]), tokenizer, torch.float32 if merge else dtype)
+        model = PeftModel.from_pretrained(base, run)
         if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
             model = model.merge_and_unload()
         model = model.to(dtype)

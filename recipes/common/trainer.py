@@ -9,7 +9,6 @@ Four things differ, each in one place:
 """
 
 import contextlib
-import math
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +179,7 @@ def token_metrics(prediction) -> dict[str, float]:
     """Mean negative log-likelihood in nats per supervised token and its exponential, from `row_sums` of all rows."""
     nll, tokens = prediction.predictions.sum(axis=0)
     loss = float(nll / tokens)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # a NaN stays one
+    return {"loss": loss, "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item()}  # overflows to inf; NaN stays
 
 
 def _hold_frozen_in_bf16(model) -> None:
