@@ -123,6 +123,29 @@ def check_dialogue(row: dict) -> str | None:
     return None
 
 
+def check_classify(row: dict, label: str = "label", multi_label: bool = False) -> str | None:
+    """What is wrong with a row of the classify task, in one sentence; None if nothing is. A dialogue needs a turn with the key `label`."""
+    if "messages" in row:
+        wrong = check_dialogue(row)
+        if wrong is None and not any(label in turn for turn in row["messages"]):
+            wrong = f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
+        return wrong
+    for column in ("text", label):
+        if column not in row:
+            return f'no column "{column}" (columns: {", ".join(row) or "none"}); a row is {{"text": "...", "{label}": "..."}}'
+    for column in ("text", "text_pair"):
+        value = row.get(column)
+        if column == "text" and (not isinstance(value, str) or not value.strip()) or value is not None and not isinstance(value, str):
+            return f'"{column}" must be a string with visible text, not {_short(value)}'
+    values = row[label] if multi_label else [row[label]]
+    if not isinstance(values, list):
+        return f'"{label}" must be a list of labels, as --multi_label says, not {_short(values)}'
+    wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, str | int) or v == ""), None)
+    if wrong is not None:
+        return f'"{label}" must be a string or a whole number, not {_short(wrong)}'
+    return None
+
+
 def _parse(line: str) -> tuple[dict, str | None]:
     try:
         row = json.loads(line)
