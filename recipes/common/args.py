@@ -228,6 +228,11 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
+    if shared.multi_label:
+        for name, given in (("class_weights", shared.class_weights != "none"), ("oos_label", shared.oos_label),
+                            ("label_smoothing_factor", training.label_smoothing_factor)):
+            if given:
+                raise UserError(f"--{name} is for rows with one label each: leave it out, or leave out --multi_label")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
