@@ -221,7 +221,7 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
 
 def check_make(words: list[str], copies: set[str]) -> str | None:
     """What is wrong with a `make` command, or None."""
-    names = ("MODEL", "DATA", "OUT", "ARGS", "EVAL", "EPOCHS", "RUN", "VENV", "PYTHON", "HARDWARE")
+    names = ("MODEL", "DATA", "RECIPE", "OUT", "ARGS", "EVAL", "EPOCHS", "RUN", "VENV", "PYTHON", "HARDWARE")
     variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
     if unknown := [name for name in variables if name not in names]:
         return f"the Makefile knows no {unknown[0]}="
@@ -320,7 +320,7 @@ def test_one_rule_makes_every_recipe_and_model():
     out = subprocess.run(["make", "-n", "-B", "mine-qwen3", "OUT=there", "DATA=here", "ARGS=--rank 2", "EVAL=--limit 3"],
                          capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert '--recipe mine --model "Qwen/Qwen3-0.6B" --fallback_model smollm2' in out
-    assert re.search(r'--data "here"\s+--output_dir "there"\s+\\\s+--num_train_epochs 1 --rank 2', out)
+    assert re.search(r'--data "here"[\s\\]+--output_dir "there"[\s\\]+--num_train_epochs 1 --rank 2', out)
     assert re.search(r'scripts/evaluate.py --run "there" --base\s+--limit 3', out)
 
 
