@@ -227,7 +227,7 @@ def check_make(words: list[str], copies: set[str]) -> str | None:
         return f"the Makefile knows no {unknown[0]}="
     # -B: as if nothing were there yet, so that a target which only happens to be the name of a folder is told from a rule.
     out = subprocess.run(["make", "--dry-run", "--always-make", *words[1:]], capture_output=True, text=True, cwd=ROOT)
-    if out.returncode or "Nothing to be done" in out.stdout:
+    if out.returncode or "Nothing to be done" in out.stdout or "there is no target" in out.stdout:
         return f"make fails: {out.stderr.strip() or out.stdout.strip()}"
     recipe = re.search(r"--recipe (\S+)", out.stdout)
     if recipe and file_of(recipe[1]) not in {file_of(path.stem) for path in RECIPES} | copies:
