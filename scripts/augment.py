@@ -1,7 +1,7 @@
 """Add altered copies of train rows, which keep their labels:
 
     python scripts/augment.py --data data/customer_service/train.jsonl --out data/augmented/train.jsonl
-    python scripts/augment.py --data mydata/train.jsonl --out more/train.jsonl --methods noise,paraphrase --paraphrase smollm2 --per_row 2
+    python scripts/augment.py --data mydata/train.jsonl --out more/train.jsonl --methods paraphrase --paraphrase Qwen/Qwen3-0.6B --per_row 2
 
 Methods, each giving --per_row copies of a row:
 
@@ -12,7 +12,8 @@ Methods, each giving --per_row copies of a row:
 - noise: typing slips, of keys and letters in English, of characters with the same pinyin in Chinese.
 - variant: Chinese only; simplified <-> traditional (OpenCC), half <-> full width of letters and punctuation.
 - backtranslate: there and back through two translation models, each for one direction: --backtranslate MODEL_THERE MODEL_BACK.
-- paraphrase: said in other words by a chat model, --paraphrase MODEL; further copies more politely, more casually, more briefly.
+- paraphrase: said in other words by a chat model, --paraphrase MODEL; further copies more politely, more casually, more briefly. Read
+  the copies: a model as small as smollm2 often answers the text where it should rephrase it.
 
 A model is a folder, a bundled name (paraphrase), or a Hub id, for which the Hub must be in reach; its weights must be safetensors.
 

@@ -141,7 +141,8 @@ def test_variants_of_chinese():
     ("ring 555-0134 or +44 20", ["555-0134", "44", "20"]), ("at 10:30 for $1,200.50", ["10:30", "1,200.50"]), ("save 15%", ["15%"]),
     ("mail a.b@shop.example", ["a.b@shop.example"]), ("see https://shop.example/a?b=1 now", ["https://shop.example/a?b=1"]),
     ("dear {{Customer Name}}", ["{{customer name}}"]), ("order A-17/3", ["a-17/3"]), ("订单MW12和三百元", ["mw12", "三百"]),
-    ("two of them on Monday", ["two", "monday"]), ("twofold stone", []), ("買兩萬", ["两万"])])
+    ("two of them on Monday", ["two", "monday"]), ("twofold stone", []),
+    ("food[Thai], area[city centre]", ["food[thai]", "area[city centre]"]), ("買兩萬", ["两万"])])
 def test_facts_are_found(text, kept):
     found = augment.facts(text, NOTHING)
     assert sorted(+found) == sorted(kept)

@@ -31,7 +31,7 @@ def _any_of(words: str) -> str:
 
 
 FACT = re.compile("|".join((
-    r"\{\{.*?\}\}", r"<[^<>\s]+>",  # placeholders
+    r"\{\{.*?\}\}", r"<[^<>\s]+>", r"[A-Za-z][A-Za-z ]*\[[^\]]*\]",  # {{name}}, <name>, food[Thai]
     rf"https?://[^\s{HAN}]+", r"[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+",
     r"(?:[A-Za-z0-9]+[-_/.:])*[A-Za-z]*\d[A-Za-z\d]*(?:[-_/.,:][A-Za-z\d]+)*%?",  # 49, 10:30, MW204518, A-17/3
     _any_of(f"{_NUMBERS} {_DATES}"), "[零〇一二两兩三四五六七八九十百千万萬亿億半]+")), re.I)
