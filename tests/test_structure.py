@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "bottleneck": set(),
     "report": set(),
+    "augment": {"errors"},
     "chat": {"errors"},
     "data": {"errors"},
     "models": {"errors", "chat", "bottleneck"},

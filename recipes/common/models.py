@@ -34,7 +34,7 @@ transformers.utils.logging.disable_progress_bar()  # weights load in a second or
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # raised by PEFT's own call
 
 # Only what loading needs: no pickles, no copies in other formats.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
