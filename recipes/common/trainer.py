@@ -67,7 +67,10 @@ class RecipeTrainer(Trainer):
 
     def _metrics(self, prediction) -> dict[str, float]:
         sums, *outputs = prediction.predictions
-        return mean_loss(sums) | self.task.metrics(*outputs, prediction.label_ids)
+        scores = mean_loss(sums)
+        if not self.task.per_token:
+            del scores["perplexity"]
+        return scores | self.task.metrics(*outputs, prediction.label_ids)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -36,7 +36,8 @@ class Task:
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
     loss: Callable[..., list[losses.Part]]
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
-    metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside loss and perplexity, of all dev rows
+    metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside the loss, of all dev rows
+    per_token: bool = True  # whether the loss is that of tokens, so that its exponential is a perplexity
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels
     generation: object = None  # transformers.GenerationConfig, for tasks that write
     window: int | None = None  # tokens the model can read, if it says so
