@@ -23,10 +23,13 @@ def option(default, help, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def trainer_option(default, help, **by_task):
-    """A flag of `TrainingArguments` for which the recipe has a better default, maybe another one for some tasks (`classify=1e-3`)."""
-    others = "".join(f"; {value:g} for {task}" for task, value in by_task.items())
-    return option(default, help + others, trainer=True, at_least=0, by_task=by_task)
+def trainer_option(default, help, **others):
+    """A flag of `TrainingArguments` for which the recipe has a better default.
+
+    `others` are defaults for a task (`classify=1e-3`), or for a flag of the recipe that is switched on (`prefix_projection=1e-3`).
+    """
+    shown = "".join(f"; {value:g} with {name}" for name, value in others.items())
+    return option(default, help + shown, trainer=True, at_least=0, others=others)
 
 
 @dataclass
@@ -111,9 +114,10 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     for f in fields(method_class):
         if f.metadata.get("trainer"):
             given = any(word.split("=")[0] == f"--{f.name}" for word in argv)
-            value = getattr(method, f.name) if given else f.metadata["by_task"].get(shared.task, f.default)
-            setattr(method, f.name, value)
-            defaults[f.name] = value
+            if not given:
+                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False))
+                setattr(method, f.name, next(fitting, f.default))
+            defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.model).name}"
     training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
     _check(shared, training, argv)
