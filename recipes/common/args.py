@@ -38,7 +38,7 @@ class SharedArguments:
 
     model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
     data: str = option("data/customer_service", "a .jsonl file, or a folder with train/dev/test.jsonl (data/README.md)")
-    task: typing.Literal["chat", "classify"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    task: typing.Literal["chat", "classify", "translate"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)
@@ -55,6 +55,20 @@ class SharedArguments:
                                                                task="classify")
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
+
+    layer_lr_decay: float = option(1.0, "each block learns this times as fast as the one above it: 0.9 spares the lower ones",
+                                   at_least=0.01, group="against over-fitting")
+    model_dropout: float = option(None, "the model's own dropout, wherever it has one (default: as the checkpoint says)", at_least=0,
+                                  below=1, group="against over-fitting")
+    adversarial: typing.Literal["none", "fgm", "pgd"] = option("none", "train on disturbed embeddings too: fgm doubles the time of a step, "
+                                                               "pgd takes four times as long", group="against over-fitting")
+    adversarial_epsilon: float = option(0.05, "size of the disturbance, as a share of the embeddings' own length", at_least=0,
+                                        group="against over-fitting")
+    r_drop: float = option(0.0, "weight of R-Drop: two passes with different dropout must agree (1 to 5); doubles the time of a step",
+                           at_least=0, group="against over-fitting")
+    instruction: str = option(None, "what a decoder-only model is told before the source (Translate to Chinese:)", task="translate")
+    source_prefix: str = option(None, "what an encoder-decoder reads before the source (T5: translate English to German: )",
+                                task="translate")
 
 
 @dataclass
@@ -82,7 +96,7 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
-SHORT = ("classify",)  # tasks whose rows are a sentence rather than a dialogue
+SHORT = ("classify", "translate")  # tasks whose rows are a sentence rather than a dialogue
 
 
 def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
@@ -100,12 +114,13 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                            "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
     add_fields(parser.add_argument_group("this recipe"), method_class)
     every = parser.add_argument_group("every recipe")
-    add_fields(every, SharedArguments, lambda f: "task" not in f.metadata)
+    add_fields(every, SharedArguments, lambda f: not {"task", "group"} & f.metadata.keys())
     every.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
     every.add_argument("-h", "--help", action="help", help="show this text")
     every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
-    for task in dict.fromkeys(f.metadata["task"] for f in fields(SharedArguments) if "task" in f.metadata):
-        add_fields(parser.add_argument_group(f"--task {task}"), SharedArguments, lambda f, task=task: f.metadata.get("task") == task)
+    for kind, title in (("group", "{}"), ("task", "--task {}")):
+        for name in dict.fromkeys(f.metadata[kind] for f in fields(SharedArguments) if kind in f.metadata):
+            add_fields(parser.add_argument_group(title.format(name)), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
     known, rest = parser.parse_known_args(argv)
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
