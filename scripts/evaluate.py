@@ -61,7 +61,8 @@ def parse(argv=None):
     """The command line of this script."""
     parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
-    parser.add_argument("--data", help="a .jsonl file or a folder (default: the data of the run)")
+    parser.add_argument("--data", help="a file, folder or Hub id (default: the data of the run)")
+    parser.add_argument("--columns", help="rename columns of --data, NEW=OLD: source=question,target=answer")
     parser.add_argument("--split", choices=["train", "dev", "test"], help="which rows (default: test, or dev where there is no test file)")
     parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
@@ -79,27 +80,29 @@ def held_out_rows(options, record) -> tuple[str, list[dict], str]:
     from recipes.common import data
 
     shared, training = record["shared_arguments"], record["training_arguments"]
-    folder = options.data or shared["data"]
+    given = options.data or shared["data"]  # runs of before --data took several values hold a string
+    folder = given if isinstance(given, str) else " ".join(given)
+    how = (shared["on_bad_row"], options.columns if options.data else shared.get("columns"))
     # Other data must not replace the scores on the run's own, so its name goes into theirs.
     other = Path(options.data).absolute() if options.data else None
     prefix = f"{other.name}-" if other else ""
     if other and other.is_file():
         if options.split:
             raise UserError(f"--split {options.split}: a file given by --data is scored whole; leave --split out")
-        rows, label = data.read(Path(options.data), data.check_dialogue, shared["on_bad_row"]), f"{other.parent.name}-{other.stem}"
+        rows, label = data.read(Path(options.data), data.check_dialogue, *how), f"{other.parent.name}-{other.stem}"
     else:
-        files = data.find(folder)
-        split = options.split or ("test" if "test" in files else "dev")
+        found = [data.find(source.name) for source in data.sources(given)]
+        split = options.split or ("test" if any("test" in files for files in found) else "dev")
         label = prefix + split
-        if split in files and not Path(folder).is_file():
-            rows = data.read(files[split], data.check_dialogue, shared["on_bad_row"])
-        elif split == "test":
+        rows = data.load_split(given, split, data.check_dialogue, shared["dev_fraction"], training["seed"], *how)
+        if rows is None:
             raise UserError(f"{folder} has no test file: use --split dev, or --data FILE")
-        else:  # dev was held out at training time: the same draw again
-            rows = data.load(folder, data.check_dialogue, shared["dev_fraction"], training["seed"], shared["on_bad_row"])[split]
-            if not options.data and rows.sha256 != record["data"]["splits"][split]["sha256"]:
-                raise UserError(f"{folder} has changed since the training, so the rows held out then can't be told from the others: "
-                                "give dialogues that the run has not seen with --data FILE")
+        drawn = split != "test" and any("dev" not in files for files in found)  # held out at training time: the same draw again
+        if drawn and not options.data and rows.sha256 != record["data"]["splits"][split]["sha256"]:
+            raise UserError(f"{folder} has changed since the training, so the rows held out then can't be told from the others: "
+                            "give dialogues that the run has not seen with --data FILE")
+    for sentence in rows.notes:
+        print(f"note: {sentence}")
     for sentence in rows.skipped:
         print(f"skipped {sentence}")
     return rows.source, rows.rows[: options.limit], label

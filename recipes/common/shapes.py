@@ -47,9 +47,8 @@ def dialogue(row: dict) -> tuple[dict, str | None]:
 
 
 def context_turns(row: dict) -> int:
-    """The number of turns of a row, converted or not, that are marked `"train": false`."""
-    turns = row.get("messages", row.get("conversations"))
-    return sum(isinstance(turn, dict) and turn.get("train") is False for turn in turns) if isinstance(turns, list) else 0
+    """The number of assistant turns of a row that keeps the contract which are read but not trained on."""
+    return sum(turn["role"] == "assistant" and turn.get("train") is False for turn in row["messages"])
 
 
 def _turns(turns: list) -> tuple[list, str | None]:
@@ -189,6 +188,20 @@ def check_translate(row: dict) -> str | None:
 def check_pretrain(row: dict) -> str | None:
     """What is wrong with a row of the pretrain task (`text`), in one sentence; None if nothing is."""
     return _missing(row, "text") or _no_text(row, "text")
+
+
+def parse(text: str) -> tuple[object, str | None]:
+    """The value of a JSON text, and what is wrong with it, in one sentence."""
+    try:
+        return json.loads(text), None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        broken = text.split("\n")[error.lineno - 1]
+        return {}, f"broken JSON at {line}column {error.colno} ({error.msg}): {short(broken)}"
+    except RecursionError:
+        return {}, f"JSON nested too deeply: {short(text)}"
+    except ValueError as error:  # a number of more than 4,300 digits
+        return {}, f"JSON that can't be read ({error}): {short(text)}"
 
 
 def half_a_character(text: str) -> bool:

@@ -38,7 +38,7 @@ class Task:
 
 def load(shared, training) -> Task:
     """Read and tokenize the rows of `shared.task` for the model `shared.model`; prints what was read. Raises `UserError`."""
-    splits = data.load(shared.data, data.check_dialogue, shared.dev_fraction, training.seed, shared.on_bad_row)
+    splits = data.load(shared.data, data.check_dialogue, shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
     source = models.resolve(shared.model, shared.fallback_model)
     tokenizer = models.load_tokenizer(source)
     note = chat.prepare(tokenizer)
@@ -55,7 +55,7 @@ def load(shared, training) -> Task:
                                                    shared.on_bad_row)
         refused = counts.pop("refused")
         report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
-                                   "bad_rows": splits[split].skipped + refused}
+                                   "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
     if training.process_index == 0:
         print_report(source, report)
     return Task("chat", "CAUSAL_LM", source, tokenizer, features["train"], features["dev"], shared.max_length, window, report,
@@ -105,6 +105,8 @@ def print_report(source: models.Source, report: dict) -> None:
         if c["left_out"]:
             print(f"  left out, as even the last question with its answer exceeds --max_length or no turn is trained on: "
                   f"{len(c['left_out'])} dialogues (numbers {_some(c['left_out'])})")
+        for sentence in c["notes"]:
+            print(f"  note: {sentence}")
         for sentence in c["bad_rows"][:5]:
             print(f"  skipped {sentence}")
         if len(c["bad_rows"]) > 5:
