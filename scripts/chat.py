@@ -39,9 +39,7 @@ class Conversation:
         from recipes.common import chat, generation
 
         asked = [*self.messages, {"role": "user", "content": text}]
-        limit = generation.room(self.model, self.max_new_tokens)
-        if limit < 1:
-            raise UserError(f"--max_new_tokens {self.max_new_tokens} leaves no room for a question in the model's window: lower it")
+        limit = generation.limit(self.model, 10**9, self.max_new_tokens)
         whole, prompt = (chat.prompt(asked, self.tokenizer, tokens) for tokens in (10**9, limit))
         if prompt is None:
             raise UserError("this message alone is longer than the model's window: shorten it")
@@ -89,11 +87,15 @@ def main():
         set_seed(options.seed)
     from recipes.common import models
 
+    if options.message is not None and not options.message.strip():
+        raise UserError("--message is empty: say something, or leave it out for a conversation")
     for flag in ("message", "system"):
         if _broken(getattr(options, flag) or ""):
             raise UserError(f"--{flag}: not UTF-8; set the terminal's encoding to UTF-8")
     record = models.read_record(Path(options.run))
-    model, tokenizer = models.load_run(options.run, merge=True)
+    if record["task"] != "chat":
+        raise UserError(f"--run {options.run} was trained for --task {record['task']}, not to chat: score it with scripts/evaluate.py")
+    model, tokenizer = models.load_run(options.run, merge=True), models.load_run_tokenizer(options.run)
     system = options.system if options.system is not None else record["data"]["system"]
     conversation = Conversation(model, tokenizer, system, options.max_new_tokens, options.temperature)
     if options.message is not None:

@@ -9,9 +9,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -58,10 +60,27 @@ def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return fast
 
 
+def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer with BERT's special tokens: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP]; each Chinese character alone."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    texts = [m["content"] for d in DIALOGUES for m in d["messages"]]
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[(s, specials.index(s)) for s in ("[CLS]", "[SEP]")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+                                   mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
 def tiny_config(kind: str, vocab_size: int = 400):
-    """Two layers of width 32: GPT-2, Llama with grouped queries, or Qwen3."""
+    """Two layers of width 32: GPT-2, Llama with grouped queries, Qwen3, or BERT."""
     if kind == "gpt2":
         return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
+    if kind == "bert":
+        return BertConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                          max_position_embeddings=256)
     common = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2)
     return LlamaConfig(**common) if kind == "llama" else Qwen3Config(**common, head_dim=8)
@@ -69,15 +88,16 @@ def tiny_config(kind: str, vocab_size: int = 400):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny("gpt2" | "llama" | "qwen3") -> folder of a tiny model with random weights and its tokenizer."""
+    """tiny("gpt2" | "llama" | "qwen3" | "bert") -> folder of a tiny model with random weights and its tokenizer."""
     made = {}
 
     def make(kind: str) -> Path:
         if kind not in made:
             folder = tmp_path_factory.mktemp("models") / kind
-            tokenizer = tiny_tokenizer(kind)
+            tokenizer = tiny_encoder_tokenizer() if kind == "bert" else tiny_tokenizer(kind)
             set_seed(0)
-            AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
+            auto_class = AutoModelForPreTraining if kind == "bert" else AutoModelForCausalLM
+            auto_class.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[kind] = folder
         return made[kind]

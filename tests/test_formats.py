@@ -164,7 +164,7 @@ def test_real_chinese_in_gb18030_reads_as_in_utf8(tmp_path, name):
     ("1,2\nprompt,response\n", "line 1: the first line must name the columns"),
     ("prompt,response,prompt\nHi,Yo,Hi\n", "two columns are called 'prompt'"),
     ("a,b\nHi,Yo\n", 'row 1 (line 2): no column "messages" (columns: a, b)'),
-    ("prompt,response\nHi,\n", """row 1 (line 2): "response" is empty"""),
+    ("prompt,response\nHi,\n", """row 1 (line 2): "response" must be a string with"""),
     ("messages\n\"[{\"\"role\"\"\"\n", 'row 1 (line 2): "messages" begins like a JSON list but is none: broken JSON'),
     ("prompt,response\n", "holds no row"),
 ])
@@ -284,27 +284,32 @@ def test_what_became_context_is_counted(tmp_path):
     assert "2 assistant turns are context and not trained on" in note
 
 
+def check_labels(row):
+    return check_classify(row, multi_label=True)
+
+
 CONTRACT = {
-    check_classify: ([{"text": "Hi", "label": "greet"}, {"text": "Hi", "label": 0}, {"text": "a", "text_pair": "b", "label": ["x", "y"]},
-                      {"text": "Hi", "label": []}],
+    check_classify: ([{"text": "Hi", "label": "greet"}, {"text": "Hi", "label": 0}, {"text": "a", "text_pair": "b", "label": "x"}],
                      [({"text": "Hi"}, 'no column "label" (columns: text)'), ({"label": "x"}, 'no column "text"'),
-                      ({"text": " ", "label": "x"}, '"text" is empty'), ({"text": "Hi", "label": None}, '"label" must be a string or'),
+                      ({"text": " ", "label": "x"}, '"text" must be a string with'), ({"text": "Hi", "label": None}, '"label" must be a string or'),
                       ({"text": "Hi", "label": True}, '"label" must'), ({"text": "Hi", "label": 0.5}, '"label" must'),
-                      ({"text": "Hi", "label": ""}, '"label" is empty'), ({"text": "Hi", "label": ["x", "x"]}, "names a label twice"),
-                      ({"text": "Hi", "label": ["x", None]}, '"label" must'),
+                      ({"text": "Hi", "label": ""}, '"label" must be a string with'), ({"text": "Hi", "label": ["x"]}, '"label" must be a string or'),
                       ({"text": "Hi", "label": "x", "text_pair": 3}, '"text_pair" must')]),
+    check_labels: ([{"text": "Hi", "label": ["x", "y"]}, {"text": "Hi", "label": []}, {"text": "Hi", "label": [0, 1]}],
+                   [({"text": "Hi", "label": "x"}, '"label" must be a list of labels, as --multi_label says'),
+                    ({"text": "Hi", "label": ["x", "x"]}, "names a label twice"), ({"text": "Hi", "label": ["x", None]}, '"label" must')]),
     check_tag: ([{"tokens": ["a", "b"], "tags": ["O", "B-x"]}],
                 [({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens but 1 tags"),
                  ({"tokens": "a b", "tags": ["O"]}, '"tokens" must be a list'), ({"tokens": [], "tags": []}, '"tokens" must be a list'),
                  ({"tokens": ["a"], "tags": [0]}, "\"tags\" must be a string, not '0'"),
-                 ({"tokens": ["a", ""], "tags": ["O", "O"]}, '"tokens" is empty'), ({"tokens": ["a"], "tags": ["B x"]}, "holds a blank"),
+                 ({"tokens": ["a", ""], "tags": ["O", "O"]}, '"tokens" must be a string with'), ({"tokens": ["a"], "tags": ["B x"]}, "holds a blank"),
                  ({"tokens": ["a"]}, 'no column "tags"')]),
     check_translate: ([{"source": "Hi", "target": "嗨"}],
-                      [({"source": "Hi"}, 'no column "target"'), ({"source": "Hi", "target": ""}, '"target" is empty'),
+                      [({"source": "Hi"}, 'no column "target"'), ({"source": "Hi", "target": ""}, '"target" must be a string with'),
                        ({"source": 1, "target": "a"}, "\"source\" must be a string, not '1'"),
                        ({"source": "a", "target": "\ud800"}, "half a")]),
     check_pretrain: ([{"text": "Hi"}], [({"txt": "Hi"}, 'no column "text" (columns: txt); rename one, as in --columns text=COLUMN'),
-                                       ({"text": ["Hi"]}, '"text" must be a string'), ({"text": "\n"}, '"text" is empty')]),
+                                       ({"text": ["Hi"]}, '"text" must be a string'), ({"text": "\n"}, '"text" must be a string with')]),
 }
 
 
@@ -314,6 +319,20 @@ def test_the_contract_of_the_other_tasks(check):
     assert [check(row) for row in good] == [None] * len(good)
     for row, said in bad:
         assert said in check(row)
+
+
+def test_dialogues_of_any_shape_serve_tasks_that_take_dialogues(tmp_path):
+    rows = [{"conversations": [{"from": "human", "value": "Hi", "label": "greet"}, {"from": "gpt", "value": "Yo"}]}]
+    [row] = read(put(tmp_path, encode(rows, "jsonl")), check_classify).rows
+    assert row["messages"][0] == {"role": "user", "content": "Hi", "label": "greet"}
+    assert 'no column "text" (columns: prompt, response)' in complaint(put(tmp_path, encode(PAIR, "jsonl")), check_classify)
+    assert 'no column "source" (columns: prompt, response)' in complaint(tmp_path / "a.jsonl", check_translate)
+
+
+def test_a_tool_call_with_text_beside_it_is_context(tmp_path):
+    turn = {"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}
+    [row] = read(put(tmp_path, encode([{"messages": [*CHAT[0]["messages"], turn]}], "jsonl")), check_dialogue).rows
+    assert row["messages"][-1] == {"role": "assistant", "content": f"Wait.\n{CALLED}", "train": False}
 
 
 def test_rows_of_other_tasks_pass_unchanged(tmp_path):
@@ -448,7 +467,7 @@ def test_a_split_of_a_hub_data_set_is_read_like_a_file():
     file = data.hub_split(split, "set (train)")
     rows = read(file, check_classify, "skip")
     assert rows.rows == [{"text": "a", "label": "yes", "tags": ["O", "B-x"]}, {"text": "b", "label": "no", "tags": ["O"]}]
-    assert rows.source == "set (train)" and rows.skipped == ['row 3: "text" is empty; remove the row or give it text']
+    assert rows.source == "set (train)" and rows.skipped == ['row 3: "text" must be a string with visible text, not \'\'; remove the row or give it text']
     assert rows.sha256 == data.hub_split(split, "x").sha256 != data.hub_split(split.select([0, 1]), "x").sha256
 
 
@@ -465,7 +484,7 @@ ROW = st.fixed_dictionaries({}, optional={
     "messages": st.lists(TURN, max_size=4) | JSON, "conversations": st.lists(TURN, max_size=3) | JSON,
     **{name: JSON for name in ("prompt", "response", "output", "instruction", "history", "system", "text", "label", "tokens", "tags",
                                "source", "target", "text_pair")}})
-CHECKS = [check_dialogue, check_classify, check_tag, check_translate, check_pretrain]
+CHECKS = [check_dialogue, check_classify, check_labels, check_tag, check_translate, check_pretrain]
 
 
 def accounted(path: Path, check) -> tuple[int, int] | None:
@@ -528,8 +547,8 @@ def test_a_good_file_with_some_bytes_changed_is_read_or_told(tmp_path, form, zip
 WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1, max_size=12).filter(lambda text: text.strip())
 GOOD = {check_dialogue: st.fixed_dictionaries({"messages": st.tuples(WORD, WORD).map(lambda pair: [
             {"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]), "note": WORD}),
-        check_classify: st.fixed_dictionaries({"text": WORD, "label": WORD.filter(lambda text: not text.lstrip().startswith("["))
-                                               | st.lists(WORD, min_size=1, max_size=3, unique=True)}),
+        check_classify: st.fixed_dictionaries({"text": WORD, "label": WORD.filter(lambda text: not text.lstrip().startswith("["))}),
+        check_labels: st.fixed_dictionaries({"text": WORD, "label": st.lists(WORD, min_size=1, max_size=3, unique=True)}),
         check_tag: st.lists(st.tuples(WORD, st.sampled_from(["O", "B-x", "I-x"])), min_size=1, max_size=4).map(
             lambda pairs: {"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]}),
         check_translate: st.fixed_dictionaries({"source": WORD, "target": WORD})}
@@ -541,8 +560,6 @@ GOOD = {check_dialogue: st.fixed_dictionaries({"messages": st.tuples(WORD, WORD)
 def test_the_same_rows_read_back_equal_from_every_format(tmp_path, check, chosen):
     rows = chosen.draw(st.lists(GOOD[check], min_size=1, max_size=4))
     for form, name in NAMES.items():
-        if form == "parquet" and len({type(value) for row in rows for value in [row.get("label")]}) > 1:
-            continue  # a Parquet column has one type
         assert read(put(tmp_path, encode(rows, form), name), check).rows == rows, form
 
 

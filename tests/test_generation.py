@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from recipes import adapter, lora, prefix
 from recipes.common import chat, generation, models
 
-TASK = SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=128)
+TASK = SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=128, train=[{"input_ids": [5, 6, 7]}])
 METHODS = {
     "base": lambda model: model,
     "lora": lambda model: lora.adapt(model, TASK, lora.MethodArguments(), None)[0],
@@ -97,7 +97,7 @@ def taught(tiny, tmp_path_factory):
     (folder / "dev.jsonl").write_text(json.dumps(DIALOGUES[0], ensure_ascii=False) + "\n", encoding="utf-8")
     run_recipe("full", tiny("llama"), folder, folder / "run", "--max_steps", "150", "--per_device_train_batch_size", "4",
                "--learning_rate", "0.01", "--eval_strategy", "no", "--save_strategy", "no")
-    return models.load_run(folder / "run")
+    return models.load_run(folder / "run"), models.load_run_tokenizer(folder / "run")
 
 
 def test_replies_stop_at_the_end_of_the_turn_and_the_cut_ones_are_counted(taught):

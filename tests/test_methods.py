@@ -121,7 +121,7 @@ def reply(model, tokenizer):
 
 
 def stub_task(max_length=160):
-    return SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=max_length)
+    return SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=max_length, train=[{"input_ids": [5, 6, 7]}])
 
 
 def closed_formula(variant, kind):
@@ -188,11 +188,11 @@ def test_a_new_lora_or_adapter_is_the_identity(recipe, kind, tiny):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_loaded_run_answers_like_the_trained_model(variant, kind, finished, tiny):
     folder, trainer = finished(variant, kind)
-    loaded, tokenizer = models.load_run(folder)
+    loaded, tokenizer = models.load_run(folder), models.load_run_tokenizer(folder)
     assert_same(variant, logits(loaded), logits(trainer.model))
     assert reply(loaded, tokenizer) == reply(trainer.model, trainer.processing_class)
     assert not torch.allclose(logits(loaded), logits(base(tiny, kind)), atol=1e-2)
-    untuned, _ = models.load_base(folder)
+    untuned = models.load_base(folder)
     assert torch.equal(logits(untuned), logits(base(tiny, kind)))
 
 
@@ -239,6 +239,22 @@ def test_prefix_refuses_activation_checkpointing_when_arguments_are_parsed(flag,
     for recipe in (lora, adapter, full):
         args.parse(recipe.__doc__, recipe.MethodArguments, argv)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_starts_as_real_tokens(kind, projection, tiny):
+    """Untrained, it acts on a dialogue as the first train tokens before it would; a random one does not."""
+    task, ids = stub_task(), torch.arange(12).reshape(1, 12) + 40
+    task.train = [{"input_ids": [50, 60, 70]}, {"input_ids": [80, 90]}]
+    before = torch.tensor([[50, 60, 70, 80, 90, 50, 60, 70]])  # the rows once more, as they hold too few tokens
+    with torch.no_grad():
+        expected = base(tiny, kind)(input_ids=torch.cat([before, ids], 1)).logits[:, 8:]
+        for start in ("text", "random"):
+            method = prefix.MethodArguments(num_virtual_tokens=8, prefix_projection=projection, projection_hidden_size=24, start=start)
+            model = prefix.adapt(base(tiny, kind), task, method, None)[0].eval()
+            got = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            assert torch.allclose(got, expected, atol=1e-4) == (start == "text")
 
 
 def test_a_prefix_needs_room_in_the_window(tiny, data, tmp_path):

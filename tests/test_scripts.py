@@ -85,7 +85,7 @@ def test_a_recipe_end_to_end(recipe, trained, tiny, shop):
     splits = record["data"]["splits"]
     assert (splits["train"]["rows"], splits["dev"]["rows"]) == (11, 1)
     assert splits["train"]["sha256"] == data.read(shop / "train.jsonl", data.check_dialogue).sha256
-    assert 0 < splits["train"]["supervised_tokens"] < splits["train"]["tokens"]
+    assert 0 < splits["train"]["supervised"] < splits["train"]["tokens"]
 
     files = {path.name for path in folder.iterdir()}
     weights = {"config.json", "model.safetensors"} if recipe == "full" else {"adapter_config.json", "adapter_model.safetensors"}
@@ -101,7 +101,7 @@ def test_a_recipe_end_to_end(recipe, trained, tiny, shop):
 
 
 def read_loss(text: str) -> float:
-    return float(re.search(r"^dev loss (\S+), perplexity", text, re.M)[1])
+    return float(re.search(r"^dev loss (\S+), dev perplexity", text, re.M)[1])
 
 
 def test_run_json_repeats_the_run(trained, tmp_path):
@@ -201,7 +201,7 @@ def test_evaluate_every_recipe(recipe, trained, tmp_path):
     assert all(untuned in row for row in rows[::2])
 
     evaluation = read(run)["evaluation"]["test"]
-    assert evaluation["dialogues"] == 4 and evaluation["replies"] == 6
+    assert evaluation["rows"] == 4 and evaluation["table"][-1]["count"] == 6
     table = {(row["language"], row["model"]): dict(zip(evaluation["columns"], row["values"], strict=True)) for row in evaluation["table"]}
     assert len(table) == 6
     for language in ("en", "zh", "all"):
@@ -244,7 +244,7 @@ def test_evaluations_of_several_splits_live_side_by_side(run):
         assert call("scripts/evaluate.py", "--run", run, "--split", split, "--limit", "1", "--max_new_tokens", "2").code == 0
     record = read(run)
     assert record["evaluation"].keys() == {"test", "dev", "train"} and record.keys() == FIELDS | {"evaluation"}
-    assert all(evaluation["dialogues"] == 1 for evaluation in record["evaluation"].values())
+    assert all(evaluation["rows"] == 1 for evaluation in record["evaluation"].values())
     assert (run / "report.html").read_text(encoding="utf-8").count("<h2>Evaluation on ") == 3
 
 
@@ -312,7 +312,7 @@ def test_one_message(trained):
     result = call("scripts/chat.py", "--run", folder, "--message", "Where is my order?", "--max_new_tokens", "8")
     assert result.code == 0 and result.err == ""
     assert result.out.endswith("\n") and result.out.count("\n") >= 1
-    model, tokenizer = models.load_run(folder)
+    model, tokenizer = models.load_run(folder), models.load_run_tokenizer(folder)
     system = read(folder)["data"]["system"]
     assert system == "You are the assistant of a shop."
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Where is my order?"}]

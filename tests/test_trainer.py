@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recipes import adapter, full, lora, prefix
-from recipes.common import trainer as trainer_module
+from recipes.common import args, losses
 from recipes.common.chat import IGNORE, pad
-from recipes.common.trainer import RecipeTrainer, dataset_losses, only_positions, row_sums, token_losses
+from recipes.common.losses import only_positions
+from recipes.common.trainer import RecipeTrainer, dataset_outputs
 
 KINDS = ("gpt2", "llama", "qwen3")
 METHODS = {
@@ -22,7 +23,6 @@ METHODS = {
     "adapter": lambda model: adapter.adapt(model, TASK, adapter.MethodArguments(bottleneck_size=4), None)[0],
     "full": lambda model: full.adapt(model, TASK, full.MethodArguments(), None)[0],
 }
-TASK = SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=64)
 VOCABULARY, PAD = 400, 0
 
 
@@ -65,6 +65,15 @@ def collate(rows):
     return pad(rows, PAD)
 
 
+TASK = SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=64, train=[{"input_ids": [5, 6, 7]}], loss=losses.next_token,
+                       outputs=lambda parts: (), metrics=lambda *labels: {}, collate=collate)
+SHARED = args.SharedArguments()
+
+
+def row_sums(model, batch):
+    return losses.row_sums(losses.next_token(model, batch))
+
+
 def full_logits_loss(model, batch, label_smoothing=0.0):
     """The textbook way: logits everywhere, then transformers' own loss over them."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -82,19 +91,19 @@ def gradients(model, loss):
 def make_trainer(model, folder, train=None, dev=None, trainer_class=RecipeTrainer, **options):
     set_seed(5)
     options = {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True} | options
-    return trainer_class(model=model, args=TrainingArguments(output_dir=str(folder), **options), callbacks=[], data_collator=collate,
-                         train_dataset=Dataset.from_list(train) if train else None, eval_dataset=Dataset.from_list(dev) if dev else None)
+    return trainer_class(model=model, args=TrainingArguments(output_dir=str(folder), **options), task=TASK, shared=SHARED, callbacks=[],
+                         data_collator=collate, train_dataset=Dataset.from_list(train) if train else None,
+                         eval_dataset=Dataset.from_list(dev) if dev else None)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_change_the_loss(kind, method):
     model, rows = make_model(kind, method), make_rows(5)
-    head = model.get_output_embeddings()
 
     def sums(batch):
         with torch.no_grad():
-            return row_sums(*token_losses(model, batch, head))
+            return row_sums(model, batch)
 
     alone = torch.cat([sums(collate([row])) for row in rows])
     together = sums(collate(rows))
@@ -136,24 +145,24 @@ def test_the_comparison_rejects_a_loss_over_unshifted_positions(monkeypatch):
     def unshifted(head, keep):
         return only_positions(head, torch.roll(keep, 1, dims=1))
 
-    monkeypatch.setattr(trainer_module, "only_positions", unshifted)
-    nll, _ = token_losses(model, batch, model.get_output_embeddings())
-    assert abs(nll.mean() - full_logits_loss(model, batch)) > 0.01
+    monkeypatch.setattr(losses, "only_positions", unshifted)
+    [part] = losses.next_token(model, batch)
+    assert abs(part.nll().mean() - full_logits_loss(model, batch)) > 0.01
 
 
 def test_only_supervised_positions_reach_the_head_and_only_within_the_context():
     model, batch = make_model("llama", "prefix"), collate(make_rows(6))
     head, shapes = model.get_output_embeddings(), []
     handle = head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    _, keep = token_losses(model, batch, head)
+    [part] = losses.next_token(model, batch)
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     handle.remove()
-    assert shapes == [(int(keep.sum()), VOCABULARY), (*batch["input_ids"].shape, VOCABULARY)]
+    assert shapes == [(int(part.where.sum()), VOCABULARY), (*batch["input_ids"].shape, VOCABULARY)]
 
 
 def test_a_head_that_sees_other_positions_is_refused():
     head = torch.nn.Linear(4, 6)
-    with only_positions(head, torch.ones(1, 7, dtype=torch.bool)), pytest.raises(ValueError, match="sees 9 positions for 8 tokens"):
+    with only_positions(head, torch.ones(1, 8, dtype=torch.bool)), pytest.raises(ValueError, match="sees 9 positions for 8 tokens"):
         head(torch.zeros(1, 9, 4))
 
 
@@ -179,10 +188,10 @@ def test_dev_loss_weighs_every_token_alike_whatever_the_batch(method, tmp_path):
 def test_dataset_losses_keep_the_order_of_the_rows():
     model, rows = make_model("gpt2", "adapter"), make_rows(9)
     with torch.no_grad():
-        alone = torch.cat([row_sums(*token_losses(model, collate([row]), model.get_output_embeddings())) for row in rows])
+        alone = torch.cat([row_sums(model, collate([row])) for row in rows])
     for tokens_per_batch in (1, 64, 2048):
-        sums = dataset_losses(model, rows, PAD, "Loss", tokens_per_batch)
-        torch.testing.assert_close(torch.from_numpy(sums), alone, rtol=1e-5, atol=1e-5)
+        sums = [torch.from_numpy(sums) for sums, in dataset_outputs(model, TASK, rows, "Loss", tokens_per_batch)]
+        torch.testing.assert_close(torch.stack(sums), alone, rtol=1e-5, atol=1e-5)
 
 
 def trajectory(method, folder, batch_size, accumulation, trainer_class=RecipeTrainer, kind="llama"):
@@ -194,14 +203,14 @@ def trajectory(method, folder, batch_size, accumulation, trainer_class=RecipeTra
     trainer = make_trainer(model, folder, train=make_rows(13), trainer_class=trainer_class, per_device_train_batch_size=batch_size,
                            gradient_accumulation_steps=accumulation, num_train_epochs=2, optim="sgd", learning_rate=0.1)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return curve, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same_trajectory(one, other):
-    (losses, parameters), (other_losses, other_parameters) = one, other
-    assert len(losses) == 4
-    assert losses == pytest.approx(other_losses, rel=1e-5)
+    (curve, parameters), (other_curve, other_parameters) = one, other
+    assert len(curve) == 4
+    assert curve == pytest.approx(other_curve, rel=1e-5)
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, other_parameters[name], rtol=1e-5, atol=1e-5)
 

@@ -23,9 +23,10 @@ def option(default, help, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def trainer_option(default, help):
-    """A flag of `TrainingArguments` for which the recipe has a better default; it is handed on to the Trainer."""
-    return option(default, help, trainer=True, at_least=0)
+def trainer_option(default, help, **by_task):
+    """A flag of `TrainingArguments` for which the recipe has a better default, maybe another one for some tasks (`classify=1e-3`)."""
+    others = "".join(f"; {value:g} for {task}" for task, value in by_task.items())
+    return option(default, help + others, trainer=True, at_least=0, by_task=by_task)
 
 
 @dataclass
@@ -36,14 +37,23 @@ class SharedArguments:
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
     columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
-    task: typing.Literal["chat"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    task: typing.Literal["chat", "classify"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
-    max_length: int = option(768, "tokens a dialogue may have; longer ones lose whole turns, the oldest first", at_least=8)
+    max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
+                             "oldest first", at_least=8)
     dev_fraction: float = option(0.1, "share of the train dialogues held out as dev where the data has no dev file")
     on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
     max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)", at_least=1)
     max_eval_samples: int = option(None, "evaluate on the first N dev rows only", at_least=1)
     early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never", at_least=0)
+
+    label: str = option("label", "the column to predict; of dialogues, the key of the turns (intent, sentiment)", task="classify")
+    context_turns: int = option(0, "of dialogues: the N turns before the one to classify are read too", task="classify", at_least=0)
+    multi_label: bool = option(False, "a row has a list of labels, each a yes or no of its own", task="classify")
+    class_weights: typing.Literal["none", "balanced"] = option("none", "balanced: rare labels count more, all labels alike in sum",
+                                                               task="classify")
+    oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
+                            "confidence below which a row is turned away", task="classify")
 
 
 @dataclass
@@ -71,6 +81,8 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
+SHORT = ("classify",)  # tasks whose rows are a sentence rather than a dialogue
+
 
 def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     """Read the command line of the recipe whose docstring is `doc`.
@@ -87,27 +99,34 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                            "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
     add_fields(parser.add_argument_group("this recipe"), method_class)
     every = parser.add_argument_group("every recipe")
-    add_fields(every, SharedArguments)
+    add_fields(every, SharedArguments, lambda f: "task" not in f.metadata)
     every.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
     every.add_argument("-h", "--help", action="help", help="show this text")
     every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
+    for task in dict.fromkeys(f.metadata["task"] for f in fields(SharedArguments) if "task" in f.metadata):
+        add_fields(parser.add_argument_group(f"--task {task}"), SharedArguments, lambda f, task=task: f.metadata.get("task") == task)
     known, rest = parser.parse_known_args(argv)
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
     method = method_class(**{f.name: getattr(known, f.name) for f in fields(method_class)})
     defaults = {name: default for name, (default, _) in TRAINER_DEFAULTS.items()}
-    defaults |= {f.name: getattr(method, f.name) for f in fields(method_class) if f.metadata.get("trainer")}
+    for f in fields(method_class):
+        if f.metadata.get("trainer"):
+            given = any(word.split("=")[0] == f"--{f.name}" for word in argv)
+            value = getattr(method, f.name) if given else f.metadata["by_task"].get(shared.task, f.default)
+            setattr(method, f.name, value)
+            defaults[f.name] = value
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.model).name}"
-    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser)
-    _check(shared, training)
+    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
+    _check(shared, training, argv)
     method.check(shared, training)
     return shared, method, training
 
 
-def add_fields(parser, cls) -> None:
-    """Add one flag for each field of the dataclass `cls`, with the field's type, default and help."""
+def add_fields(parser, cls, wanted=lambda f: True) -> None:
+    """Add one flag for each `wanted` field of the dataclass `cls`, with the field's type, default and help."""
     hints = typing.get_type_hints(cls)
-    for f in fields(cls):
+    for f in filter(wanted, fields(cls)):
         kind, text = hints[f.name], f.metadata["help"].replace("%", "%%")
         default = None if f.default is MISSING else f.default
         shown = text if default is None else f"{text} (default: {' '.join(default) if isinstance(default, tuple) else default})"
@@ -168,7 +187,7 @@ def _bare_resume(argv: list[str]) -> list[str]:
     return out
 
 
-def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser):
+def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser, task: str):
     import torch
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
@@ -180,11 +199,11 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
     if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        # An effective batch of 8: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache.
-        batch, accumulation = (1, 8) if defaults["use_cpu"] else (8, 1)
+        # Dialogues, 8 a step: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache. Short texts, 32.
+        batch, accumulation = (32, 1) if task in SHORT else (1, 8) if defaults["use_cpu"] else (8, 1)
         defaults |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     if "per_device_eval_batch_size" not in given:
-        defaults["per_device_eval_batch_size"] = 1 if defaults["use_cpu"] else 8
+        defaults["per_device_eval_batch_size"] = 32 if task in SHORT else 1 if defaults["use_cpu"] else 8
     if not given & {"bf16", "fp16"}:
         from recipes.common.models import native_bf16
 
@@ -208,9 +227,17 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
 
 
-def _check(shared: SharedArguments, training) -> None:
+def _check(shared: SharedArguments, training, argv: list[str]) -> None:
+    for f in fields(SharedArguments):
+        if f.metadata.get("task", shared.task) != shared.task and any(word.split("=")[0] == f"--{f.name}" for word in argv):
+            raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
+    if shared.multi_label:
+        for name, given in (("class_weights", shared.class_weights != "none"), ("oos_label", shared.oos_label),
+                            ("label_smoothing_factor", training.label_smoothing_factor)):
+            if given:
+                raise UserError(f"--{name} is for rows with one label each: leave it out, or leave out --multi_label")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")

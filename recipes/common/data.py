@@ -52,6 +52,7 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
     does not grow with the file, except for a JSON array. Raises `UserError` where no row can be told from the next.
     """
     renames, used = parse_columns(columns), set()
+    chat = _takes_dialogues(check)
     if file.columns is not None and (absent := [old for old in renames if old not in file.columns]):
         raise UserError(f"{file.name}: there is no column {short(absent[0])} to rename ({shapes.columns_of(file.columns)}); see --columns")
     for record in formats.records(file):
@@ -61,8 +62,9 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
             row, wrong = _rename(row, renames)
         if wrong is None and file.format == "csv":
             row, wrong = _read_lists(row)
-        if wrong is None and check is check_dialogue:
-            row, wrong = shapes.dialogue(row)
+        # Also where the check has nothing to say: a tool call with text beside it is one more turn to train on, if left as it stands.
+        if wrong is None and ("messages" in row or check(row)):
+            row, wrong = shapes.dialogue(row, pairs=chat)
         yield record._replace(row=row, wrong=wrong or check(row))
     if absent := [old for old in renames if old not in used and file.columns is None]:
         raise UserError(f"{file.name}: no row has a column {short(absent[0])} to rename; see --columns")
@@ -71,11 +73,11 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
 def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
     """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
     file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
-    rows, skipped, context = [], [], 0
+    rows, skipped, context, chat = [], [], 0, _takes_dialogues(check)
     for record in records(file, check, columns):
         if record.wrong is None:
             rows.append(record.row)
-            context += shapes.context_turns(record.row) if check is check_dialogue else 0
+            context += shapes.context_turns(record.row) if chat else 0
         elif on_bad_row == "skip":
             skipped.append(f"{record.where}: {record.wrong}")
         else:
@@ -177,6 +179,11 @@ def parse_columns(text: str | None) -> dict[str, str]:
     if len(renames) < len(pairs) or len(set(renames.values())) < len(pairs):
         raise UserError(f"--columns {text}: a column is named twice; give each once")
     return renames
+
+
+def _takes_dialogues(check: Check) -> bool:
+    """Whether `check` is that of a task which learns from any dialogue, as chat does, so that a question and an answer make a row of it."""
+    return check({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}) is None and bool(check({}))
 
 
 def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:

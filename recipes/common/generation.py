@@ -11,12 +11,21 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from recipes.common import chat
+from recipes.common.errors import UserError
 
 
 def room(model, max_new_tokens: int) -> int:
     """Tokens a prompt may have so that `max_new_tokens` more fit into the model's window, beside a prefix if it has one."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     return window - _prefix_length(model) - max_new_tokens
+
+
+def limit(model, max_length: int, max_new_tokens: int) -> int:
+    """Tokens a prompt may have: at most `max_length`, and few enough to leave room for a reply. Raises `UserError` if none may."""
+    tokens = min(max_length, room(model, max_new_tokens))
+    if tokens < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens} leaves no room for a question in the model's window: lower it")
+    return tokens
 
 
 @torch.inference_mode()

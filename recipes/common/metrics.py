@@ -48,6 +48,11 @@ def detect_language(text: str) -> str:
     return "zh" if len(_HAN_CHARACTER.findall(text)) > 0.2 * letters else "en"
 
 
+def language_of(row: dict, text: str) -> str:
+    """A row's own "language" if it is one that the metrics cut specially, else that of its `text`."""
+    return row["language"] if row.get("language") in ("en", "zh") else detect_language(text)
+
+
 class CjkTokenizer(Tokenizer):
     """Tokens for ROUGE and distinct-n: each CJK character is one, the text in between is cut as rouge_score does.
 

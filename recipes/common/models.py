@@ -4,6 +4,7 @@ Bundled models need no Hub. Their packages hold quantised GGUF files, which are 
 cache (`$RECIPES_CACHE`, by default `recipes/` in the Hugging Face cache).
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipes.common import chat
 from recipes.common.errors import UserError
@@ -32,7 +34,7 @@ transformers.utils.logging.disable_progress_bar()  # weights load in a second or
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # raised by PEFT's own call
 
 # Only what loading needs: no pickles, no copies in other formats.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
@@ -108,15 +110,22 @@ def window(source: Source) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load(source: Source, tokenizer, dtype=torch.float32):
-    """The model, set to stop at the tokenizer's end of turn. Raises `UserError` if it is no causal language model."""
+def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, **config):
+    """The model, with `config` set in its config (labels, padding). Raises `UserError` if `auto_class` knows no such model."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
+        model, found = auto_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **config)
     except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"{source.used} can't be loaded as a causal language model: {' '.join(str(error).split())[:300]}") from error
+        kind = auto_class.__name__.removeprefix("AutoModelFor")
+        raise UserError(f"{source.used} can't be loaded as a model for {kind}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
+        if names:
+            print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
-    model.generation_config = generation_config(tokenizer)
     return model
 
 
@@ -144,46 +153,59 @@ def train_top_layers(model, count: int) -> None:
         module.requires_grad_(True)
 
 
-def load_run(run: str | Path, dtype=torch.float32, merge: bool = False):
-    """The tuned model of a run folder and its tokenizer, ready for use. Raises `UserError`.
+def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausalLM, config: dict | None = None, merge: bool = False):
+    """The tuned model of a run folder, ready for use. Raises `UserError`. `auto_class` and `config` are the task's.
 
     `merge` folds a LoRA update into the weights, in fp32 before they become `dtype`: the same function up to rounding, and several
     times as fast in use, as each matrix is one product and not three.
     """
     run = Path(run)
     record = read_record(run)
+    if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{run} holds no model any more, only its record: train again under a new name")
+    with _damage_told(run):
+        if (run / "config.json").is_file():
+            model = load(Source(str(run), str(run), str(run)), auto_class, dtype)
+        else:
+            from peft import PeftModel, PeftType
+
+            import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
+            base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
+            model = PeftModel.from_pretrained(base, run)
+            if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
+                model = model.merge_and_unload()
+            model = model.to(dtype)
+        return _ready(model, run)
+
+
+def load_base(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausalLM, config: dict | None = None):
+    """The untuned model that a run started from, set to stop where the run's own does."""
+    record = read_record(Path(run))
+    return _ready(load(resolve(record["model"]["used"]), auto_class, dtype, **config or {}), Path(run))
+
+
+def load_run_tokenizer(run: str | Path):
+    """The tokenizer of a run folder, with the chat template that the run was trained with. Raises `UserError`."""
+    with _damage_told(Path(run)):
+        tokenizer = AutoTokenizer.from_pretrained(run)
+        if read_record(Path(run))["task"] == "chat" and tokenizer.chat_template is None:
+            raise ValueError("no chat template")
+        return tokenizer
+
+
+def _ready(model, run: Path):
+    if (run / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(run)
+    return model.to(device()).eval()
+
+
+@contextlib.contextmanager
+def _damage_told(run: Path):
     try:
-        return _load_run(run, record, dtype, merge)
+        yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{run} can't be loaded, as files are missing or damaged ({' '.join(str(error).split())[:200]}): "
                         "train again under a new name") from error
-
-
-def _load_run(run: Path, record: dict, dtype, merge: bool):
-    if not any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{run} holds no model any more, only its record: train again under a new name")
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    if tokenizer.chat_template is None:
-        raise ValueError("no chat template")
-    if (run / "config.json").is_file():
-        model = load(Source(str(run), str(run), str(run)), tokenizer, dtype)
-    else:
-        from peft import PeftModel, PeftType
-
-        import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
-        base = load(resolve(record["model"]["used"]), tokenizer, torch.float32 if merge else dtype)
-        model = PeftModel.from_pretrained(base, run)
-        if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
-            model = model.merge_and_unload()
-        model = model.to(dtype)
-    return model.to(device()).eval(), tokenizer
-
-
-def load_base(run: str | Path, dtype=torch.float32):
-    """The untuned model that a run started from, with the run's tokenizer and template."""
-    record = read_record(Path(run))
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    return load(resolve(record["model"]["used"]), tokenizer, dtype).to(device()).eval(), tokenizer
 
 
 def device() -> torch.device:

@@ -20,6 +20,7 @@ from recipes.common import report
 from recipes.common.errors import UserError
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
+SPEED = ("_runtime", "_per_second")  # what the Trainer adds to the scores of an evaluation
 
 
 def start(shared, method, training) -> None:
@@ -92,7 +93,8 @@ def finish(trainer, task, shared, method) -> None:
     if not trainer.is_world_process_zero():
         return
     folder = Path(training.output_dir)
-    trainer.model.generation_config.save_pretrained(folder)
+    if task.generation:
+        task.generation.save_pretrained(folder)
     history = trainer.state.log_history
     seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     parameters = list(trainer.model.parameters())
@@ -111,7 +113,7 @@ def finish(trainer, task, shared, method) -> None:
         "tokens_per_second": round(trainer.state.num_input_tokens_seen / seconds, 1),
         "peak_memory_mb": peak_memory_mb(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
-        "metrics": {"dev_loss": metrics["eval_loss"], "dev_perplexity": metrics["eval_perplexity"]},
+        "metrics": {f"dev_{key[5:]}": value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(SPEED)},
         "method_arguments": asdict(method),
         "shared_arguments": asdict(shared),
         "training_arguments": training.to_dict(),
@@ -123,12 +125,12 @@ def finish(trainer, task, shared, method) -> None:
     trained, total = record["trainable_parameters"], record["total_parameters"]
     print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
           f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
-    print(f"dev loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
+    print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))
     if not math.isfinite(metrics["eval_loss"]):
         raise UserError(f"the training diverged: its dev loss is {metrics['eval_loss']}; lower --learning_rate and train under a new name "
                         f"({folder} is kept for inspection)")
-    print(f"saved in {folder}; next:\n  {python()} scripts/evaluate.py --run {folder} --base\n"
-          f"  {python()} scripts/chat.py --run {folder}")
+    print(f"saved in {folder}; next:\n  {python()} scripts/evaluate.py --run {folder} --base"
+          + (f"\n  {python()} scripts/chat.py --run {folder}" if task.name == "chat" else ""))
 
 
 def write(folder: Path, record: dict) -> None:

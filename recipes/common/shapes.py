@@ -17,14 +17,14 @@ OPTIONAL = ("system", "input", "history", "text_pair", "id", "language", "domain
 NAMES = {"text", "source", "target", *LISTS, *OPTIONAL, *(name for pair in PAIRS for name in pair)}
 
 
-def dialogue(row: dict) -> tuple[dict, str | None]:
+def dialogue(row: dict, pairs: bool = True) -> tuple[dict, str | None]:
     """`row` in the shape of the chat task, and what keeps it from taking that shape, in one sentence, or None.
 
-    Columns that are not part of the dialogue are kept. A row in which no shape is recognised is returned as it is: whether a row
-    keeps the contract is for `check_dialogue` to say.
+    `pairs`: question and answer columns count as a dialogue. Columns that are not part of the dialogue are kept. A row in which no shape
+    is recognised is returned as it is: whether a row keeps the contract is for `check_dialogue` to say.
     """
     shapes = [(name,) for name in ("messages", "conversations") if name in row]
-    shapes = shapes or [pair for pair in PAIRS if pair[0] in row and pair[1] in row]
+    shapes = shapes or [pair for pair in PAIRS if pairs and pair[0] in row and pair[1] in row]
     if len(shapes) > 1:
         fitting = " and ".join("/".join(shape) for shape in shapes)
         return row, f"the columns fit more than one shape ({fitting}): rename the ones not meant, as in --columns unused={shapes[1][-1]}"
@@ -47,8 +47,8 @@ def dialogue(row: dict) -> tuple[dict, str | None]:
 
 
 def context_turns(row: dict) -> int:
-    """The number of assistant turns of a row that keeps the contract which are read but not trained on."""
-    return sum(turn["role"] == "assistant" and turn.get("train") is False for turn in row["messages"])
+    """The number of assistant turns of a dialogue that keeps the contract which are read but not trained on."""
+    return sum(turn["role"] == "assistant" and turn.get("train") is False for turn in row.get("messages", ()))
 
 
 def _turns(turns: list) -> tuple[list, str | None]:
@@ -147,21 +147,26 @@ def check_dialogue(row: dict) -> str | None:
     return None
 
 
-def check_classify(row: dict) -> str | None:
-    """What is wrong with a row of the classify task (`text`, `label`, maybe `text_pair`), in one sentence; None if nothing is."""
-    if wrong := _missing(row, "text", "label") or _no_text(row, "text"):
+def check_classify(row: dict, label: str = "label", multi_label: bool = False) -> str | None:
+    """What is wrong with a row of the classify task, in one sentence; None if nothing is. A dialogue needs a turn with the key `label`."""
+    if "messages" in row:
+        wrong = check_dialogue(row)
+        if wrong is None and not any(label in turn for turn in row["messages"]):
+            wrong = f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
         return wrong
-    if row.get("text_pair") not in (None, "") and (wrong := _no_text(row, "text_pair")):
+    if wrong := _missing(row, "text", label) or _no_text(row, "text"):
         return wrong
-    label = row["label"]
-    if isinstance(label, list) and len({json.dumps(one, default=str) for one in label}) < len(label):
-        return f'"label" names a label twice: {short(label)}'
-    for one in label if isinstance(label, list) else [label]:  # an empty list: none of the labels applies
-        if isinstance(one, bool) or not isinstance(one, str | int):
-            return f'"label" must be a string or a whole number, or a list of them, not {short(label)}'
-        if isinstance(one, str) and (wrong := _no_text({"label": one}, "label")):
+    if row.get("text_pair") is not None and not isinstance(row["text_pair"], str):
+        return f'"text_pair" must be a string, not {short(row["text_pair"])}'
+    values = row[label] if multi_label else [row[label]]
+    if not isinstance(values, list):
+        return f'"{label}" must be a list of labels, as --multi_label says, not {short(values)}'  # an empty one: none applies
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            return f'"{label}" must be a string or a whole number, not {short(value)}'
+        if isinstance(value, str) and (wrong := _no_text({label: value}, label)):
             return wrong
-    return None
+    return f'"{label}" names a label twice: {short(values)}' if len(set(values)) < len(values) else None
 
 
 def check_tag(row: dict) -> str | None:
@@ -235,4 +240,4 @@ def _no_text(row: dict, name: str) -> str | None:
         return f'"{name}" must be a string, not {short(value)}'
     if half_a_character(value):
         return f'"{name}" holds half a character (a lone surrogate, {short(value)}); write the whole one'
-    return None if value.strip() else f'"{name}" is empty; remove the row or give it text'
+    return None if value.strip() else f'"{name}" must be a string with visible text, not {short(value)}; remove the row or give it text'

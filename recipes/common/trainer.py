@@ -1,67 +1,73 @@
-"""The Trainer of all recipes: transformers' own, with an exact and cheap loss for language models, and exact resume for PEFT.
+"""The Trainer of all recipes: transformers' own, with an exact and cheap loss for every task, and exact resume for PEFT.
 
 Four things differ, each in one place:
 
-- `compute_loss` projects to the vocabulary only where a token is trained on (the logits are the largest tensor of a step);
+- `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
+  logits are the largest tensor of a step);
 - `choose_attention` takes the faster attention kernel for the batch at hand;
-- `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over tokens, exactly;
+- `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
+  whatever few numbers more the task's metrics need;
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer
 
-from recipes.common.chat import IGNORE, pad
+from recipes.common import losses
 from recipes.common.errors import UserError
+from recipes.common.metrics import perplexity
 
 TRAINED = "trained_parameters.safetensors"
 
 
 class RecipeTrainer(Trainer):
-    """`transformers.Trainer` for models with a language-model head, trained on `labels` with `IGNORE` where there is no loss."""
+    """`transformers.Trainer` for the loss and the metrics of a `task` (tasks.Task), with the techniques that `shared`
+    (args.SharedArguments) asks for."""
 
-    def __init__(self, *, model, args, callbacks, early_stopping_patience: int = 0, **kwargs):
+    def __init__(self, *, model, args, task, shared, callbacks, **kwargs):
         callbacks = list(callbacks)
-        if early_stopping_patience:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+        if shared.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if args.bf16:
             _hold_frozen_in_bf16(model)
-        super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=token_metrics, **kwargs)
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step, for any model
-        self._loss_shifts_labels = True
+        self.task = task
+        super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
+        self._loss_shifts_labels = task.loss is losses.next_token
         self.label_names = ["labels"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean cross-entropy over the supervised tokens of the optimizer step, micro-batches and processes together."""
-        nll, _ = self._token_losses(model, inputs, self.args.label_smoothing_factor)
+        """Mean loss over the supervised items of the optimizer step, micro-batches and processes together."""
+        parts = self._parts(model, inputs)
         if num_items_in_batch is None:
-            num_items_in_batch = nll.numel()
-        loss = nll.sum() / num_items_in_batch
+            num_items_in_batch = len(parts[0].targets)
+        loss = sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts) / num_items_in_batch
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; num_items_in_batch counts all processes
         return (loss, None) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, sums, sums): `sums` is (batch, 2), a row's negative log-likelihood in nats and its number of tokens."""
+        """(None, (sums, ...), labels): `sums` is (batch, 2), a row's negative log-likelihood in nats and its number of items; after it
+        come the task's own outputs."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll, keep = self._token_losses(model, inputs)
-        sums = row_sums(nll, keep)
-        return None, sums, sums
+            parts = self._parts(model, inputs)
+        return None, (losses.row_sums(parts), *self.task.outputs(parts)), inputs["labels"]
 
-    def _token_losses(self, model, inputs, label_smoothing=0.0):
-        network = self.accelerator.unwrap_model(model)
-        choose_attention(network, inputs["input_ids"].shape[1])
-        return token_losses(model, inputs, network.get_output_embeddings(), label_smoothing)
+    def _parts(self, model, inputs) -> list[losses.Part]:
+        choose_attention(losses.network(model), inputs["input_ids"].shape[1])
+        return self.task.loss(model, inputs)
+
+    def _metrics(self, prediction) -> dict[str, float]:
+        sums, *outputs = prediction.predictions
+        return mean_loss(sums) | self.task.metrics(*outputs, prediction.label_ids)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -104,19 +110,6 @@ def _check_same_kind(checkpoint, model) -> None:
         raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
 
 
-def token_losses(model, inputs, head, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of every supervised token of a batch: (nats (n,) in fp32, where they stand (batch, length - 1)).
-
-    `inputs` are input_ids, attention_mask and labels, each (batch, length); `head` is the model's output embedding. Label smoothing
-    is the Trainer's: that share of the loss is the mean over the vocabulary.
-    """
-    labels = inputs["labels"][:, 1:]
-    keep = labels != IGNORE
-    with only_positions(head, keep):
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    return F.cross_entropy(logits.float(), labels[keep], reduction="none", label_smoothing=label_smoothing), keep
-
-
 def choose_attention(model, length: int) -> None:
     """On a CPU, plain matrix products for short batches, PyTorch's fused kernel for long ones; the result is the same.
 
@@ -126,60 +119,36 @@ def choose_attention(model, length: int) -> None:
     if model.device.type != "cpu":
         return
     wanted = "eager" if length < 400 else "sdpa"
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
-    if {network.config._attn_implementation, wanted} == {"eager", "sdpa"}:  # leaves a kernel that the user chose alone
-        network.set_attn_implementation(wanted)
+    if {model.config._attn_implementation, wanted} == {"eager", "sdpa"}:  # leaves a kernel that the user chose alone
+        model.set_attn_implementation(wanted)
 
 
 @torch.inference_mode()
-def dataset_losses(model, rows, pad_id: int, description: str, tokens_per_batch: int = 2048) -> np.ndarray:
-    """`row_sums` of all `rows` (columns input_ids, labels), in their order, without gradients: (rows, 2)."""
-    head, order = model.get_output_embeddings(), sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    sums, batch = np.zeros((len(rows), 2)), []
+def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int = 2048) -> list[tuple[np.ndarray, ...]]:
+    """What `prediction_step` gives for each of `rows`, in their order and without gradients: (sums (2,), the task's own outputs ...).
+
+    The rows (features of the task) go through in order of their length, so that little is padded.
+    """
+    order, out, batch = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), [()] * len(rows), []
     for position, i in enumerate(tqdm(order, desc=description, unit="rows")):
         batch.append(i)
         following = order[position + 1: position + 2]
         if following and len(rows[following[0]]["input_ids"]) * (len(batch) + 1) <= tokens_per_batch:
             continue
-        inputs = {name: tensor.to(model.device) for name, tensor in pad([rows[j] for j in batch], pad_id).items()}
-        choose_attention(model, inputs["input_ids"].shape[1])
-        sums[batch] = row_sums(*token_losses(model, inputs, head)).cpu().numpy()
+        inputs = {name: tensor.to(model.device) for name, tensor in task.collate([rows[j] for j in batch]).items()}
+        choose_attention(losses.network(model), inputs["input_ids"].shape[1])
+        parts = task.loss(model, inputs)
+        columns = [tensor.cpu().numpy() for tensor in (losses.row_sums(parts), *task.outputs(parts))]
+        for j, *values in zip(batch, *columns, strict=True):
+            out[j] = tuple(values)
         batch = []
-    return sums
+    return out
 
 
-@contextlib.contextmanager
-def only_positions(head, keep: torch.Tensor):
-    """Within this context `head` sees only the hidden states that predict a supervised token.
-
-    `keep` is (batch, length - 1): position t predicts token t + 1. The model's logits become (keep.sum(), vocabulary); the loss
-    over them equals the one over all logits, whose other rows it would have ignored.
-    """
-    def select(module, args):
-        hidden = args[0]
-        if hidden.shape[1] != keep.shape[1] + 1:
-            raise ValueError(f"the head sees {hidden.shape[1]} positions for {keep.shape[1] + 1} tokens: can't tell them apart")
-        return (hidden[:, :-1][keep],)
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def row_sums(nll: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """(batch, 2): each row's sum of `nll`, whose entries stand where `keep` is true, and their number."""
-    per_token = torch.zeros(keep.shape, dtype=torch.float64, device=keep.device)
-    per_token[keep] = nll.double()
-    return torch.stack([per_token.sum(1), keep.sum(1).double()], dim=1)
-
-
-def token_metrics(prediction) -> dict[str, float]:
-    """Mean negative log-likelihood in nats per supervised token and its exponential, from `row_sums` of all rows."""
-    nll, tokens = prediction.predictions.sum(axis=0)
-    loss = float(nll / tokens)
-    return {"loss": loss, "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item()}  # overflows to inf; NaN stays
+def mean_loss(sums: np.ndarray) -> dict[str, float]:
+    """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2)."""
+    nll, items = sums.sum(axis=0)
+    return {"loss": float(nll / items), "perplexity": perplexity(nll, items)}
 
 
 def _hold_frozen_in_bf16(model) -> None:

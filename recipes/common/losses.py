@@ -1,0 +1,123 @@
+"""What a model's output is compared with: one function a kind of model, all with the same result.
+
+A loss function takes `(model, inputs)`, runs the model once and returns a list of `Part`: the logits of everything that is supervised and
+the right answers. `Part.nll` is the loss of each item. So whatever is done to a loss (label smoothing, R-Drop, ensembles) is written once
+for all tasks, and whatever a task supervises is said here and nowhere else.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+
+from recipes.common.chat import IGNORE
+
+
+@dataclass
+class Part:
+    """n supervised items of a batch, and what the model makes of them."""
+
+    logits: torch.Tensor  # (n, classes)
+    targets: torch.Tensor  # (n,) the right class, IGNORE for none; or (n, classes) of 0.0 and 1.0, each class a yes or no of its own
+    where: torch.Tensor  # where the items stand: true n times in (batch, positions), row by row
+    weights: torch.Tensor | None = None  # (n,) what an item counts; None: 1
+
+    def nll(self, label_smoothing: float = 0.0) -> torch.Tensor:
+        """(n,) negative log-likelihood in nats, fp32, weighted; of yes-or-no classes, the sum over them.
+
+        Label smoothing is the Trainer's: that share of the loss is the mean over the classes.
+        """
+        if self.targets.dim() == 2:
+            nll = F.binary_cross_entropy_with_logits(self.logits.float(), self.targets, reduction="none").sum(1)
+        else:
+            nll = F.cross_entropy(self.logits.float(), self.targets, reduction="none", label_smoothing=label_smoothing)
+        return nll if self.weights is None else nll * self.weights
+
+    def log_probabilities(self) -> torch.Tensor:
+        """(n, classes) in fp32; of yes-or-no classes, of the yes."""
+        return F.logsigmoid(self.logits.float()) if self.targets.dim() == 2 else self.logits.float().log_softmax(-1)
+
+
+def next_token(model, inputs) -> list[Part]:
+    """Causal language models: position t is asked for token t + 1. `inputs`: input_ids, attention_mask, labels, each (batch, length)."""
+    labels = inputs["labels"][:, 1:]
+    keep = labels != IGNORE
+    # The last position predicts nothing. The pad at the end makes the mask as long as what the head sees.
+    with only_positions(network(model).get_output_embeddings(), F.pad(keep, (0, 1))):
+        logits = model(**_without_labels(inputs), use_cache=False).logits
+    return [Part(logits, labels[keep], keep)]
+
+
+def same_token(model, inputs) -> list[Part]:
+    """Models that are asked for the label at its own position: masked language models, and encoder-decoders, whose decoder reads the
+    labels shifted by one. `labels` (batch, length of what is asked for)."""
+    labels = inputs["labels"]
+    keep = labels != IGNORE
+    extra = {}
+    if network(model).config.is_encoder_decoder:
+        extra = {"decoder_input_ids": network(model).prepare_decoder_input_ids_from_labels(labels=labels), "use_cache": False}
+    with only_positions(network(model).get_output_embeddings(), keep):
+        logits = model(**_without_labels(inputs), **extra).logits
+    return [Part(logits, labels[keep], keep)]
+
+
+def words(model, inputs) -> list[Part]:
+    """Token classification: a label at the first token of each word. `labels` (batch, length)."""
+    keep = inputs["labels"] != IGNORE
+    return [Part(model(**_without_labels(inputs)).logits[keep], inputs["labels"][keep], keep)]
+
+
+def rows(model, inputs) -> list[Part]:
+    """Sequence classification. `labels` (batch,), IGNORE for a row without a class, or (batch, classes) of 0.0 and 1.0; `weights` (batch,)
+    if the rows weigh differently."""
+    labels = inputs["labels"]
+    logits = model(**_without_labels({name: tensor for name, tensor in inputs.items() if name != "weights"})).logits
+    return [Part(logits, labels, torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device), inputs.get("weights"))]
+
+
+def network(model):
+    """The transformers model inside `model`, without the wrappers of PEFT and of a group of processes."""
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextlib.contextmanager
+def only_positions(head, keep: torch.Tensor):
+    """Within this context `head` sees only the hidden states at `keep`, (batch, length): those that predict a supervised token.
+
+    The model's logits become (keep.sum(), vocabulary); the loss over them equals the one over all logits, whose other rows it would
+    have ignored.
+    """
+    def select(module, args):
+        hidden = args[0]
+        if hidden.shape[:2] != keep.shape:
+            raise ValueError(f"the head sees {hidden.shape[1]} positions for {keep.shape[1]} tokens: can't tell them apart")
+        return (hidden[keep],)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def row_sums(parts: list[Part]) -> torch.Tensor:
+    """(batch, 2): each row's sum of negative log-likelihoods in nats, and its number of items (of yes-or-no classes, each is one).
+
+    All parts stand in the same rows.
+    """
+    sums = 0
+    for part in parts:
+        per_item = torch.zeros(*part.where.shape, 2, dtype=torch.float64, device=part.where.device)
+        yes_or_no = part.targets.dim() == 2
+        items = torch.full_like(part.targets[:, 0], part.targets.shape[1]) if yes_or_no else part.targets != IGNORE
+        per_item[part.where] = torch.stack([part.nll().double(), items.double()], dim=-1)
+        sums = sums + per_item.sum(1)
+    return sums
+
+
+def _without_labels(inputs) -> dict:
+    return {name: tensor for name, tensor in inputs.items() if name != "labels"}

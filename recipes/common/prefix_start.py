@@ -1,0 +1,30 @@
+"""Where a prefix starts. A prefix drawn at random disturbs the model for hundreds of steps; one that real tokens would leave in the
+attention layers disturbs it as little as these tokens would (Li and Liang, 2021, section 7.4: "initializing with real words").
+"""
+
+import torch
+from peft import PeftModel, prompt_embeddings_from_past_key_values
+
+
+@torch.no_grad()
+def start_from_tokens(model: PeftModel, input_ids: list[int]) -> None:
+    """Set the new prefix of `model` to the keys and values that its frozen network computes for `input_ids`, one token a position.
+
+    Raises ValueError when there are fewer tokens than positions. Behind a projection, its last layer is solved for that prefix: exactly
+    where the projection is at least as wide as the prefix is long, else as the least-squares fit.
+    """
+    config, encoder = model.peft_config[model.active_adapter], model.prompt_encoder[model.active_adapter]
+    length = config.num_virtual_tokens
+    ids = torch.tensor([input_ids[:length]], device=model.device)
+    if ids.shape[1] < length:
+        raise ValueError(f"a prefix of {length} positions can't start from {ids.shape[1]} tokens")
+    cache = model.get_base_model()(input_ids=ids, use_cache=True).past_key_values
+    wanted = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=length)  # (positions, 2 x layers x key width)
+    if not config.prefix_projection:
+        encoder.load_prompt_embeddings(wanted)
+        return
+    narrow, activation, wide = encoder.transform
+    hidden = activation(narrow(encoder.embedding.weight))  # (positions, projection_hidden_size)
+    wide.bias.zero_()
+    # The smallest weights W with hidden @ W.T = wanted; in fp64, as the inverse of a wide matrix magnifies rounding.
+    wide.weight.copy_((torch.linalg.pinv(hidden.double()) @ wanted.double()).T)

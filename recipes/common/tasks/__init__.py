@@ -1,0 +1,116 @@
+"""What is learned: a task is a record of its rows, how they become features, and how a batch of them is scored.
+
+A task never sees the method, and a method only sees the task's PEFT type, so any method goes with any task. Each module of this
+folder is one task, found by its file name, and has five functions:
+
+    check(shared)                      -> a function from a row to what is wrong with it, or None (data.Check)
+    rows(rows, shared)                 -> the task's own rows, where a file's rows hold several (a dialogue holds many turns)
+    facts(rows, shared)                -> what the train rows say that the model must know (its labels); kept in run.json
+    make(shared, source, tokenizer, facts) -> Task
+    evaluate(candidates, task, rows, record, options) -> the scores (evaluation.result)
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from datasets import Dataset
+
+from recipes.common import data, losses, models
+from recipes.common.errors import UserError
+
+
+@dataclass
+class Task:
+    """A task for one model; `load` adds the data."""
+
+    name: str
+    peft_type: str | None  # peft.TaskType
+    auto_class: type  # which of transformers' AutoModelFor... classes
+    source: models.Source
+    tokenizer: object
+    max_length: int  # tokens of the longest row
+    encode: Callable[..., tuple[Dataset, dict]]  # (rows, name, on_bad_row, training) -> features, counts of what was shortened and left out
+    collate: Callable[[list[dict]], dict[str, torch.Tensor]]
+    loss: Callable[..., list[losses.Part]]
+    outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
+    metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside loss and perplexity, of all dev rows
+    config: dict = field(default_factory=dict)  # what the model's config must say: its labels
+    generation: object = None  # transformers.GenerationConfig, for tasks that write
+    window: int | None = None  # tokens the model can read, if it says so
+    train: Dataset = None
+    dev: Dataset = None
+    report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
+
+    def load_model(self):
+        """The model that training starts from."""
+        model = models.load(self.source, self.auto_class, pad_token_id=self.tokenizer.pad_token_id, **self.config)
+        if self.generation:
+            model.generation_config = self.generation
+        return model
+
+
+def module(name: str):
+    """The module of task `name`."""
+    return importlib.import_module(f"recipes.common.tasks.{name}")
+
+
+def load(shared, training) -> Task:
+    """Read and tokenize the rows of `shared.task` for the model `shared.model`; prints what was read. Raises `UserError`."""
+    kind = module(shared.task)
+    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
+    for split in splits.values():
+        split.rows = kind.rows(split.rows, shared)
+    source = models.resolve(shared.model, shared.fallback_model)
+    facts = kind.facts(splits["train"].rows, shared)
+    task = _make(kind, shared, source, models.load_tokenizer(source), facts)
+    task.report |= {"max_length": task.max_length, "splits": {}}
+    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples)):
+        features, counts = task.encode(splits[split].rows[:limit], splits[split].source, shared.on_bad_row, split == "train")
+        setattr(task, split, features)
+        refused = list(counts.pop("refused").values())
+        task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
+                                        "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+    if training.process_index == 0:
+        print_report(task)
+    return task
+
+
+def of_run(record: dict, tokenizer) -> Task:
+    """The task of a finished run, without its data: `record` is its run.json, `tokenizer` the run's own."""
+    return _make(module(record["task"]), flags(record), models.Source(**record["model"]), tokenizer, record["data"])
+
+
+def flags(record: dict) -> SimpleNamespace:
+    """The flags that all recipes share (args.SharedArguments), as they were in the run of this run.json."""
+    return SimpleNamespace(**record["shared_arguments"])
+
+
+def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
+    window = models.window(source)
+    if shared.max_length and window and shared.max_length > window:
+        raise UserError(f"--max_length {shared.max_length} exceeds the {window} tokens that {source.used} can read: lower it")
+    shared.max_length = shared.max_length or min(kind.MAX_LENGTH, window or kind.MAX_LENGTH)
+    task = kind.make(shared, source, tokenizer, facts)
+    task.window = window
+    task.report |= facts
+    return task
+
+
+def print_report(task: Task) -> None:
+    """The run's first lines on the screen: the model, and what became of the rows."""
+    source, report = task.source, task.report
+    print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
+    for note in report.get("notes", []):
+        print(f"note: {note}")
+    for split, c in report["splits"].items():
+        print(f"{split}: {c['kept']} of {c['rows']} {c['unit']}, {c['tokens']:,} tokens, {c['supervised']:,} {c['items']} trained on "
+              f"({c['source']})")
+        for sentence in c["notes"] + c["sentences"]:
+            print(f"  {sentence}")
+        for sentence in c["bad_rows"][:5]:
+            print(f"  skipped {sentence}")
+        if len(c["bad_rows"]) > 5:
+            print(f"  ... {len(c['bad_rows'])} rows skipped in all; run.json lists them")

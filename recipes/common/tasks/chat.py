@@ -1,0 +1,141 @@
+"""Dialogues: the model learns what the assistant says. Loss on each assistant turn and on the token that ends it (common/chat.py)."""
+
+import math
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from recipes.common import chat, data, evaluation, generation, losses, metrics, models
+from recipes.common.errors import UserError
+from recipes.common.tasks import Task
+from recipes.common.trainer import dataset_outputs, mean_loss
+
+MAX_LENGTH = 768
+UNIT = "dialogues"
+UNTUNED_SCORES = True  # a pretrained model can be asked the same
+COLUMNS = {"loss": "loss", "perplexity": "perplexity", "bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
+           "chrf": "chrF", "distinct1": "distinct-1", "distinct2": "distinct-2"}
+
+
+def check(shared):
+    """A row is a dialogue."""
+    return data.check_dialogue
+
+
+def rows(rows, shared):
+    """A dialogue is one row, whatever its number of turns."""
+    return rows
+
+
+def facts(rows, shared) -> dict:
+    """The most frequent system turn, which scripts/chat.py opens a conversation with."""
+    systems = Counter(row["messages"][0]["content"] for row in rows if row["messages"][0]["role"] == "system")
+    return {"system": systems.most_common(1)[0][0] if systems else None}
+
+
+def make(shared, source, tokenizer, facts) -> Task:
+    """The task for this model. Raises `UserError` for a tokenizer or chat template that can't be trained on safely."""
+    note = chat.prepare(tokenizer)
+    return Task("chat", "CAUSAL_LM", AutoModelForCausalLM, source, tokenizer, shared.max_length,
+                encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length),
+                collate=partial(chat.pad, pad_id=tokenizer.pad_token_id), loss=losses.next_token,
+                generation=models.generation_config(tokenizer), report={"notes": [note] if note else []})
+
+
+def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer,
+           max_length: int) -> tuple[Dataset, dict]:
+    """Tokenize dialogues into columns input_ids, labels; counts what was shortened or left out. Raises `UserError`.
+
+    Dialogues that the model's chat template refuses (no system turn, strict alternation) are bad rows, for this model.
+    """
+    features, counts, left_out, refused = [], Counter(), [], {}
+    for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
+        try:
+            encoded = chat.encode(row["messages"], tokenizer, max_length)
+        except chat.TemplateError as error:
+            if on_bad_row == "stop":
+                raise UserError(f"{name}, dialogue {number}: {error} (--on_bad_row skip leaves such dialogues out)") from error
+            refused[number] = f"dialogue {number}: {error}"
+            continue
+        if encoded is None:
+            left_out.append(number)
+            continue
+        features.append({"input_ids": encoded.input_ids, "labels": encoded.labels})
+        counts["shortened"] += encoded.dropped_turns > 0
+        counts["turns_dropped"] += encoded.dropped_turns
+        counts["tokens"] += len(encoded.input_ids)
+        counts["supervised"] += sum(label != chat.IGNORE for label in encoded.labels[1:])  # the first predicts nothing
+    if not features and len(refused) < len(rows):
+        raise UserError(f"{name}: no dialogue has a supervised token within --max_length {max_length}; raise --max_length")
+    if not features:
+        raise UserError(f"{name}: the model's chat template refuses every dialogue; {refused[1]}")
+    sentences = []
+    if counts["shortened"]:
+        sentences.append(f"{counts['shortened']} dialogues exceed --max_length {max_length}: "
+                         f"{counts['turns_dropped']} oldest turns dropped")
+    if left_out:
+        sentences.append("left out, as even the last question with its answer exceeds --max_length or no turn is trained on: "
+                         f"{len(left_out)} dialogues (numbers {_some(left_out)})")
+    return Dataset.from_list(features), {
+        "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "tokens",
+        **{key: counts[key] for key in ("shortened", "turns_dropped", "tokens", "supervised")}, "sentences": sentences}
+
+
+def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
+    """Loss over the reference's tokens, and the reply to each assistant turn given its true history, compared with the reference.
+
+    `candidates` is name -> a function that loads the model, so that only one is in memory. Raises `UserError` if the window leaves no
+    room for a reply.
+    """
+    features, counts = task.encode(rows, "rows", record["shared_arguments"]["on_bad_row"])
+    for sentence in counts["refused"].values():
+        print(f"skipped {sentence}")
+    numbers = [number for number in range(1, len(rows) + 1) if number not in counts["refused"]]
+    rows, kept = [rows[number - 1] for number in numbers], [i for i, n in enumerate(numbers) if n not in set(counts["left_out"])]
+    results = {name: _answer(name, load(), task, rows, features, options) for name, load in candidates.items()}
+    languages = [metrics.language_of(row, " ".join(m["content"] for m in row["messages"] if m["role"] != "system")) for row in rows]
+    turns = [(r, t) for r, t, _ in next(iter(results.values()))["replies"]]
+    references = [rows[r]["messages"][t]["content"] for r, t in turns]
+    scored, notes = [], []
+    for name, result in results.items():
+        scores = metrics.score_replies([text for _, _, text in result["replies"]], references, [languages[r] for r, _ in turns])
+        signature = scores.pop("signature")
+        for language, score in scores.items():
+            part = [sums for r, sums in zip(kept, result["sums"], strict=True) if language in ("all", languages[r])]
+            score |= mean_loss(np.array(part)) if part else {"loss": math.nan, "perplexity": math.nan}
+            scored.append({"language": language, "model": name, "count": score["n"], "empty": score["empty"],
+                           "values": [score[key] for key in COLUMNS]})
+        if result["cut"]:
+            notes.append(f"{name}: {result['cut']} of {len(turns)} replies did not end within {options.max_new_tokens} tokens and were cut")
+        if result["too_long"]:
+            notes.append(f"{name}: {result['too_long']} questions exceed the {result['limit']} tokens that the run's --max_length and the "
+                         "model's window leave; their replies count as empty")
+    texts = {name: [text for _, _, text in result["replies"]] for name, result in results.items()}
+    samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),
+                *((name, replies[i]) for name, replies in texts.items())] for i in evaluation.spread(len(turns), options.samples)]
+    predictions = [{"id": rows[r].get("id", r), "turn": t, "language": languages[r], "reference": references[i],
+                    **{name: replies[i] for name, replies in texts.items()}} for i, (r, t) in enumerate(turns)]
+    return evaluation.result(COLUMNS.values(), scored, "replies", len(rows), notes=notes, samples=samples,
+                             predictions=predictions,
+                        signature=f"{signature}; greedy, at most {options.max_new_tokens} new tokens")
+
+
+def _answer(name, model, task, rows, features, options) -> dict:
+    """A model's loss on each of the features, and its reply to each assistant turn of the rows."""
+    sums = [sums for sums, in dataset_outputs(model, task, features, f"Loss of {name}")]
+    limit = generation.limit(model, task.max_length, options.max_new_tokens)
+    prompts = generation.prompts_for(rows, task.tokenizer, limit)
+    fitting = [p for _, _, p in prompts if p is not None]
+    texts, cut = generation.replies(model, task.tokenizer, fitting, options.max_new_tokens, options.batch_size, f"Replies of {name}")
+    texts = iter(texts)
+    return {"sums": sums, "cut": cut, "limit": limit, "too_long": len(prompts) - len(fitting),
+            "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")

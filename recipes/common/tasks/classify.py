@@ -1,0 +1,256 @@
+"""Texts and their labels: one of several (an intent, a sentiment), any number (`--multi_label`), or none of them (`--oos_label`).
+
+Rows are {"text", "label"} with an optional "text_pair", or dialogues: then each turn that carries the key `--label` is a row of its own,
+read alone or with the `--context_turns` turns before it.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification
+
+from recipes.common import data, evaluation, losses, metrics
+from recipes.common.chat import IGNORE
+from recipes.common.errors import UserError
+from recipes.common.tasks import Task, flags
+from recipes.common.trainer import dataset_outputs, mean_loss
+
+MAX_LENGTH = 256
+UNIT = "rows"
+UNTUNED_SCORES = False  # a pretrained model has no head for these labels
+TURNED_AWAY = 0.05  # share of the dev rows that a threshold may turn away wrongly, where dev has no out-of-scope rows to set it by
+
+
+def check(shared):
+    """A row is a text with its label, or a dialogue with such turns."""
+    return partial(data.check_classify, label=shared.label, multi_label=shared.multi_label)
+
+
+def rows(rows, shared) -> list[dict]:
+    """{"text", "text_pair", "label", ...} of each row, and of each labelled turn of a dialogue."""
+    out = []
+    for row in rows:
+        if "messages" not in row:
+            out.append({**row, "label": row[shared.label]})
+            continue
+        for i, turn in enumerate(row["messages"]):
+            if shared.label in turn:
+                before = row["messages"][max(0, i - shared.context_turns): i]
+                context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
+                out.append({"id": f"{row.get('id', len(out))}#{i + 1}", "text": turn["content"], "text_pair": context or None,
+                            "label": turn[shared.label]} | {key: row[key] for key in ("language",) if key in row})
+    return out
+
+
+def facts(rows, shared) -> dict:
+    """The labels of the train rows and how often each occurs. Raises `UserError` for fewer than two."""
+    counts = Counter(str(label) for row in rows for label in (row["label"] if shared.multi_label else [row["label"]]))
+    counts.pop(shared.oos_label, None)
+    if len(counts) < 2:
+        raise UserError(f"the train rows hold {'one label' if counts else 'no label'} in \"{shared.label}\" ({', '.join(counts)}): "
+                        "there must be at least two to tell apart")
+    return {"labels": dict(sorted(counts.items()))}
+
+
+def make(shared, source, tokenizer, facts) -> Task:
+    """The task for this model."""
+    names = list(facts["labels"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    kind = "multi_label_classification" if shared.multi_label else "single_label_classification"
+    return Task("classify", "SEQ_CLS", AutoModelForSequenceClassification, source, tokenizer, shared.max_length,
+                encode=partial(encode, tokenizer=tokenizer, shared=shared, labels=facts["labels"]),
+                collate=partial(collate, tokenizer=tokenizer), loss=losses.rows, outputs=lambda parts: (parts[0].logits.float(),),
+                metrics=partial(dev_metrics, shared=shared),
+                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": kind})
+
+
+def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
+           labels: dict[str, int]) -> tuple[Dataset, dict]:
+    """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights.
+
+    A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. A row of
+    more than `shared.max_length` tokens loses its end, a context its beginning. Raises `UserError`.
+    """
+    index, features, counts, left_out, refused = {label: i for i, label in enumerate(labels)}, [], Counter(), [], {}
+    mean = sum(labels.values()) / len(labels)
+    for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
+        own = [str(label) for label in (row["label"] if shared.multi_label else [row["label"]])]
+        if unknown := [label for label in own if label not in index and label != shared.oos_label]:
+            sentence = f"row {number}: label {unknown[0]!r} does not occur in the train rows"
+            if on_bad_row == "stop":
+                raise UserError(f"{name}, {sentence} (--oos_label {unknown[0]} takes it as out of scope, --on_bad_row skip leaves it out)")
+            refused[number] = sentence
+            continue
+        outside = shared.oos_label in own
+        if outside and training:
+            left_out.append(number)
+            continue
+        feature, length = _tokens(row, tokenizer, shared.max_length)
+        if shared.multi_label:
+            feature["labels"] = [float(label in own) for label in labels]
+        else:
+            feature["labels"] = IGNORE if outside else index[own[0]]
+        if training and shared.class_weights == "balanced":
+            feature["weights"] = mean / labels[own[0]]
+        features.append(feature)
+        counts["shortened"] += length > shared.max_length
+        counts["tokens"] += len(feature["input_ids"])
+        counts["supervised"] += not outside
+    if not features:
+        raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
+    sentences = []
+    if counts["shortened"]:
+        sentences.append(f"{counts['shortened']} rows exceed --max_length {shared.max_length} and lost their end")
+    if left_out:
+        sentences.append(f"{len(left_out)} out-of-scope rows are not trained on")
+    return Dataset.from_list(features), {
+        "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
+        **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+
+
+def _tokens(row: dict, tokenizer, max_length: int) -> tuple[dict, int]:
+    """(features of a text and what goes with it, the number of tokens they would have in full)."""
+    text, pair = row["text"], row.get("text_pair")
+    if pair and tokenizer.sep_token is None:  # a decoder reads one text, and decides at its last token
+        text, pair = f"{pair}\n{text}", None
+    whole = len(tokenizer(text, pair)["input_ids"])
+    encoding = tokenizer(text, pair, truncation="longest_first", max_length=max_length)
+    return {key: encoding[key] for key in ("input_ids", "token_type_ids") if key in encoding}, whole
+
+
+def collate(features: list[dict], tokenizer) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and token_type_ids (batch, length), padded on the right; labels and weights as in losses.rows."""
+    rows = [{key: feature[key] for key in ("input_ids", "token_type_ids") if key in feature} for feature in features]
+    batch = dict(tokenizer.pad(rows, padding_side="right", return_tensors="pt"))
+    batch["labels"] = torch.tensor([feature["labels"] for feature in features])
+    if "weights" in features[0]:
+        batch["weights"] = torch.tensor([feature["weights"] for feature in features])
+    return batch
+
+
+def dev_metrics(logits: np.ndarray, labels: np.ndarray, *, shared) -> dict[str, float]:
+    """Of all dev rows: accuracy and macro F1; with --oos_label the threshold that evaluation will use."""
+    if shared.multi_label:
+        return multi_label_scores(logits > 0, labels > 0)
+    inside = labels != IGNORE
+    scores = label_scores(logits[inside].argmax(1).tolist(), labels[inside].tolist())
+    return scores | ({"oos_threshold": threshold(logits, labels)} if shared.oos_label else {})
+
+
+def label_scores(predicted: list, right: list) -> dict[str, float]:
+    """Accuracy and macro F1, 0-1."""
+    report = metrics.classification_report(predicted, right)
+    return {"accuracy": report["accuracy"], "f1_macro": report["macro avg"]["f1-score"]}
+
+
+def multi_label_scores(predicted: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Of (rows, classes) of true and false: micro and macro F1 and the share of rows without any mistake, 0-1.
+
+    As scikit-learn's f1_score(average=..., zero_division=0) and accuracy_score.
+    """
+    hits, either = (predicted & right).sum(0), predicted.sum(0) + right.sum(0)
+    f1 = np.divide(2 * hits, either, out=np.zeros(len(hits)), where=either > 0)
+    return {"accuracy": float((predicted == right).all(1).mean()), "f1_macro": float(f1.mean()),
+            "f1_micro": float(2 * hits.sum() / max(either.sum(), 1))}
+
+
+def confidence(logits: np.ndarray) -> np.ndarray:
+    """(rows,) the probability of the likeliest class (Hendrycks and Gimpel, 2017, arXiv:1610.02136)."""
+    return torch.from_numpy(logits).double().softmax(1).max(1).values.numpy()
+
+
+def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The confidence below which a row is turned away as out of scope.
+
+    Where dev has out-of-scope rows (label IGNORE), the one with the best mean of the accuracy in scope and the recall out of scope; else
+    the one that turns away TURNED_AWAY of the rows in scope.
+    """
+    sure, inside = confidence(logits), labels != IGNORE
+    if inside.all():
+        return float(np.quantile(sure, TURNED_AWAY))
+    right = inside & (logits.argmax(1) == labels)
+    cuts = np.unique(sure)
+    gain = [(right & (sure >= cut)).sum() / max(inside.sum(), 1) + (~inside & (sure < cut)).sum() / (~inside).sum() for cut in cuts]
+    return float(cuts[int(np.argmax(gain))])
+
+
+def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
+    """Accuracy and F1 of the labels, by language and in all, with a report on each label; the most frequent label beside them if asked."""
+    shared, names = flags(record), list(task.config["label2id"])
+    features, counts = task.encode(rows, "rows", shared.on_bad_row)
+    for sentence in counts["refused"].values():
+        print(f"skipped {sentence}")
+    rows = [row for number, row in enumerate(rows, start=1) if number not in counts["refused"]]
+    languages = [metrics.language_of(row, row["text"]) for row in rows]
+    labels = np.array(features["labels"])
+    cut = record["metrics"].get("dev_oos_threshold")
+    scored, logits = [], {}
+    for name, load in candidates.items():
+        sums, logits[name] = map(np.array, zip(*dataset_outputs(load(), task, features, f"Labels of {name}"), strict=True))
+        scored += _scores(name, sums, logits[name], labels, languages, shared, cut)
+    if options.base and not shared.multi_label:
+        frequent = int(np.argmax([record["data"]["labels"][label] for label in names]))
+        always = np.full((len(rows), len(names)), -np.inf)
+        always[:, frequent] = 0
+        scored += _scores(f"always {names[frequent]}", np.full((len(rows), 2), np.nan), always, labels, languages, shared, None)
+    name, last = list(logits.items())[-1]
+    right = [_right(labels[i], names, shared) for i in range(len(rows))]
+    predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
+    samples = [[("text", rows[i]["text"]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
+               for i in evaluation.spread(len(rows), options.samples)]
+    predictions = [{"id": row.get("id", i), "text": row["text"], "label": right[i], **{name: p[i] for name, p in predicted.items()}}
+                   for i, row in enumerate(rows)]
+    notes, more = [], {}
+    if cut is not None:
+        notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
+    if not shared.multi_label:
+        more["report"] = metrics.classification_report(predicted[name], right)
+        wrong = Counter((r, p) for r, p in zip(right, predicted[name], strict=True) if r != p)
+        more["confusions"] = [[r, p, n] for (r, p), n in wrong.most_common(10)]
+        notes += [f"{n} times {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
+    headings = {"loss": "loss", "accuracy": "accuracy", "f1_macro": "macro F1"}
+    headings |= {"f1_micro": "micro F1"} if shared.multi_label else {}
+    headings |= {"kept": "kept", "oos_recall": "OOS recall"} if cut is not None else {}
+    for row in scored:
+        row["values"] = [row["values"].get(key, np.nan) for key in headings]
+    return evaluation.result(headings.values(), scored, "rows", len(rows), notes=notes, samples=samples, predictions=predictions,
+                             signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
+
+
+def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
+    scored = []
+    for language in [*sorted(set(languages)), "all"]:
+        at = np.array([language in (own, "all") for own in languages])
+        values = {"loss": mean_loss(sums[at])["loss"]} if np.isfinite(sums[at]).all() else {}
+        if shared.multi_label:
+            values |= {key: 100 * value for key, value in multi_label_scores(logits[at] > 0, labels[at] > 0).items()}
+        else:
+            inside = at & (labels != IGNORE)
+            if inside.any():
+                values |= {key: 100 * v for key, v in label_scores(logits[inside].argmax(1).tolist(), labels[inside].tolist()).items()}
+            if cut is not None:
+                kept, outside = confidence(logits) >= cut, at & (labels == IGNORE)
+                values["kept"] = 100 * (kept & (logits.argmax(1) == labels))[inside].mean() if inside.any() else np.nan
+                values["oos_recall"] = 100 * (~kept)[outside].mean() if outside.any() else np.nan
+        scored.append({"language": language, "model": name, "count": int(at.sum()), "values": values})
+    return scored
+
+
+def _right(label, names, shared) -> str:
+    if shared.multi_label:
+        return ", ".join(name for name, yes in zip(names, label, strict=True) if yes > 0) or "(none)"
+    return shared.oos_label if label == IGNORE else names[label]
+
+
+def _predicted(logits, names, shared, cut) -> str:
+    if shared.multi_label:
+        return _right(logits > 0, names, shared)
+    if cut is not None and confidence(logits[None])[0] < cut:
+        return shared.oos_label
+    return names[int(logits.argmax())]

