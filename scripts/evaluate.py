@@ -62,7 +62,8 @@ def parse(argv=None):
     """The command line of this script."""
     parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
-    parser.add_argument("--data", help="a .jsonl file or a folder (default: the data of the run)")
+    parser.add_argument("--data", help="a file, folder or Hub id (default: the data of the run)")
+    parser.add_argument("--columns", help="rename columns of --data, NEW=OLD: source=question,target=answer")
     parser.add_argument("--split", choices=["train", "dev", "test"], help="which rows (default: test, or dev where there is no test file)")
     parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
@@ -81,27 +82,29 @@ def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
     from recipes.common import data, tasks
 
     shared, training = tasks.flags(record), record["training_arguments"]
-    folder, check = options.data or shared.data, kind.check(shared)
+    given, check = options.data or shared.data, kind.check(shared)
+    how = (shared.on_bad_row, options.columns if options.data else vars(shared).get("columns"))  # runs of before have none
     # Other data must not replace the scores on the run's own, so its name goes into theirs.
     other = Path(options.data).absolute() if options.data else None
     prefix = f"{other.name}-" if other else ""
     if other and other.is_file():
         if options.split:
             raise UserError(f"--split {options.split}: a file given by --data is scored whole; leave --split out")
-        found, label = data.read(Path(options.data), check, shared.on_bad_row), f"{other.parent.name}-{other.stem}"
+        found, label = data.read(Path(options.data), check, *how), f"{other.parent.name}-{other.stem}"
     else:
-        files = data.find(folder)
-        split = options.split or ("test" if "test" in files else "dev")
+        named = given if isinstance(given, str) else " ".join(given)
+        sources = [data.find(source.name) for source in data.sources(given)]
+        split = options.split or ("test" if any("test" in files for files in sources) else "dev")
         label = prefix + split
-        if split in files and not Path(folder).is_file():
-            found = data.read(files[split], check, shared.on_bad_row)
-        elif split == "test":
-            raise UserError(f"{folder} has no test file: use --split dev, or --data FILE")
-        else:  # dev was held out at training time: the same draw again
-            found = data.load(folder, check, shared.dev_fraction, training["seed"], shared.on_bad_row)[split]
-            if not options.data and found.sha256 != record["data"]["splits"][split]["sha256"]:
-                raise UserError(f"{folder} has changed since the training, so the rows held out then can't be told from the others: "
-                                "give rows that the run has not seen with --data FILE")
+        found = data.load_split(given, split, check, shared.dev_fraction, training["seed"], *how)
+        if found is None:
+            raise UserError(f"{named} has no test file: use --split dev, or --data FILE")
+        drawn = split != "test" and any("dev" not in files for files in sources)  # held out at training time: the same draw again
+        if drawn and not options.data and found.sha256 != record["data"]["splits"][split]["sha256"]:
+            raise UserError(f"{named} has changed since the training, so the rows held out then can't be told from the others: "
+                            "give rows that the run has not seen with --data FILE")
+    for sentence in found.notes:
+        print(f"note: {sentence}")
     for sentence in found.skipped:
         print(f"skipped {sentence}")
     return found.source, kind.rows(found.rows, shared)[: options.limit], label

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForPreTraining,
     BertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    T5Config,
     set_seed,
 )
 
@@ -60,6 +61,19 @@ def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return fast
 
 
+def tiny_seq2seq_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that ends every text with </s>, as T5's does."""
+    specials = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [m["content"] for d in DIALOGUES for m in d["messages"]]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=350, special_tokens=specials, show_progress=False,
+                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
 def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer with BERT's special tokens: [CLS] text [SEP], or [CLS] text [SEP] pair [SEP]; each Chinese character alone."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -75,12 +89,15 @@ def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(kind: str, vocab_size: int = 400):
-    """Two layers of width 32: GPT-2, Llama with grouped queries, Qwen3, or BERT."""
+    """Two layers of width 32: GPT-2, Llama with grouped queries, Qwen3, BERT, or T5 (two on either side)."""
     if kind == "gpt2":
         return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
     if kind == "bert":
         return BertConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                           max_position_embeddings=256)
+    if kind == "t5":
+        return T5Config(vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+                        pad_token_id=0, eos_token_id=1)
     common = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2)
     return LlamaConfig(**common) if kind == "llama" else Qwen3Config(**common, head_dim=8)
@@ -88,16 +105,15 @@ def tiny_config(kind: str, vocab_size: int = 400):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny("gpt2" | "llama" | "qwen3" | "bert") -> folder of a tiny model with random weights and its tokenizer."""
+    """tiny("gpt2" | "llama" | "qwen3" | "bert" | "t5") -> folder of a tiny model with random weights and its tokenizer."""
     made = {}
 
     def make(kind: str) -> Path:
         if kind not in made:
             folder = tmp_path_factory.mktemp("models") / kind
-            tokenizer = tiny_encoder_tokenizer() if kind == "bert" else tiny_tokenizer(kind)
+            tokenizer = {"bert": tiny_encoder_tokenizer, "t5": tiny_seq2seq_tokenizer}.get(kind, partial(tiny_tokenizer, kind))()
             set_seed(0)
-            auto_class = AutoModelForPreTraining if kind == "bert" else AutoModelForCausalLM
-            auto_class.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
+            AutoModelForPreTraining.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[kind] = folder
         return made[kind]

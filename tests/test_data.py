@@ -49,15 +49,17 @@ BAD_ROWS = {
     "no turns": ({"messages": []}, r'"messages" must be a list of turns that is not empty'),
     "a turn is a string": ({"messages": ["Hi"]}, r"turn 1 must be an object with \"role\" and \"content\", not 'Hi'"),
     "a turn without content": ({"messages": [{"role": "user"}]}, r'turn 1 must be an object with "role" and "content"'),
-    "ShareGPT's names": ({"messages": [{"from": "human", "value": "Hi"}]}, r'turn 1 must be an object with "role" and "content"'),
+    "half of ShareGPT's names": ({"messages": [{"from": "human", "text": "Hi"}]}, r'turn 1 must be an object with "role" and "content"'),
     "wrong role": (dialogue(("user", "Hi"), ("bot", "Yo")), r"turn 2: role 'bot' is unknown; use one of system, user, assistant, tool"),
     "role in capitals": (dialogue(("User", "Hi"), ("assistant", "Yo")), r"turn 1: role 'User' is unknown"),
     "role is a list": (dialogue((["user"], "Hi"), ("assistant", "Yo")), r"turn 1: role '\[\"user\"\]' is unknown"),
     "role is null": (dialogue((None, "Hi"), ("assistant", "Yo")), r"turn 1: role 'null' is unknown"),
     "content is a number": (dialogue(("user", 5), ("assistant", "Yo")), r"turn 1: content must be a string, not '5'"),
     "content is null": (dialogue(("user", "Hi"), ("assistant", None)), r"turn 2: content must be a string, not 'null'"),
-    "content is a list of parts": (dialogue(("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Yo")),
-                                   r"turn 1: content must be a string, not '\[\{\"type\": \"text\""),
+    "content has a picture": (dialogue(("user", [{"type": "text", "text": "Hi"}, {"type": "image_url"}]), ("assistant", "Yo")),
+                              r"turn 1: content must be text, but has a part of type 'image_url': remove it"),
+    "content is a list of strings": (dialogue(("user", ["Hi"]), ("assistant", "Yo")), r"turn 1: content must be text, but has a part"),
+    "two shapes": ({**GOOD, "conversations": []}, r"fit more than one shape \(messages and conversations\): rename .*unused=conversations"),
     "content is empty": (dialogue(("user", "Hi"), ("assistant", "")), r"turn 2 \(assistant\) is empty"),
     "content is blank": (dialogue(("user", " \n\u3000"), ("assistant", "Yo")), r"turn 1 \(user\) is empty"),
     "half a character": ('{"messages": [{"role": "user", "content": "Hi \\ud83d"}, {"role": "assistant", "content": "Yo"}]}',
@@ -151,7 +153,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path):
 def test_a_file_without_rows_is_refused(tmp_path, text):
     path = tmp_path / "train.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"train\.jsonl holds no row: expected one JSON object a line, see data/README\.md"):
+    with pytest.raises(UserError, match=r"train\.jsonl holds no row: data/README\.md says what a file may hold"):
         read(path, check_dialogue)
 
 
@@ -162,15 +164,15 @@ def test_a_file_of_bad_rows_only_is_refused_even_when_they_are_skipped(write_jso
 
 def test_a_file_that_is_not_utf8_is_refused_with_the_row(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + '{"messages": "你好"}'.encode("gb18030") + b"\n")
-    with pytest.raises(UserError, match=r"train\.jsonl, row 3: not UTF-8 \(byte 0xc4\); save the file as UTF-8"):
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + '{"messages": "café"}'.encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=r"train\.jsonl, row 3: not UTF-8 text, nor .* \(byte 0xe9 at offset \d+\); save the file as UTF-8"):
         read(path, check_dialogue)
 
 
-def test_utf16_is_refused(tmp_path):
+def test_utf16_without_its_mark_is_refused(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode("utf-16"))
-    with pytest.raises(UserError, match="row 1: not UTF-8"):
+    path.write_bytes(json.dumps(GOOD).encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"row 1: not UTF-8 text, nor .* \(byte 0x00 at offset 1\)"):
         read(path, check_dialogue)
 
 
@@ -243,7 +245,7 @@ def test_a_folder_without_splits_is_refused(write_jsonl, tmp_path):
 def test_a_folder_without_train_is_refused_for_training_only(write_jsonl, tmp_path):
     write_jsonl([GOOD], "data/test.jsonl")
     assert list(find(str(tmp_path / "data"))) == ["test"]
-    with pytest.raises(UserError, match=r"data has no train\.jsonl"):
+    with pytest.raises(UserError, match=r"data has no train file, such as train\.jsonl"):
         load(str(tmp_path / "data"), check_dialogue, dev_fraction=0.1, seed=0)
 
 

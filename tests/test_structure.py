@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "report": set(),
     "augment": {"errors"},
     "chat": {"errors"},
-    "data": {"errors"},
+    "shapes": set(),
+    "formats": {"errors", "shapes"},
+    "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},

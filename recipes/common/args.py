@@ -37,7 +37,9 @@ class SharedArguments:
     """What every recipe needs to know besides `TrainingArguments`."""
 
     model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
-    data: str = option("data/customer_service", "a .jsonl file, or a folder with train/dev/test.jsonl (data/README.md)")
+    data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
+                             "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
+    columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
     task: typing.Literal["chat", "classify", "translate"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
@@ -146,13 +148,16 @@ def add_fields(parser, cls, wanted=lambda f: True) -> None:
     for f in filter(wanted, fields(cls)):
         kind, text = hints[f.name], f.metadata["help"].replace("%", "%%")
         default = None if f.default is MISSING else f.default
-        shown = text if default is None else f"{text} (default: {default})"
+        shown = text if default is None else f"{text} (default: {' '.join(default) if isinstance(default, tuple) else default})"
         if kind is bool:
             group = parser.add_mutually_exclusive_group()
             group.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, default=default, help=shown)
             group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(f"--{f.name}", choices=typing.get_args(kind), default=default, help=shown)
+        elif typing.get_origin(kind) is list:
+            [entry] = typing.get_args(kind)
+            parser.add_argument(f"--{f.name}", nargs="+", type=entry, default=list(default), metavar=entry.__name__.upper(), help=shown)
         else:
             bounded = _number(kind, f.metadata["at_least"], f.metadata.get("below")) if "at_least" in f.metadata else kind
             parser.add_argument(f"--{f.name}", type=bounded, default=default, metavar=kind.__name__.upper(), help=shown)

@@ -1,21 +1,28 @@
-"""Files -> rows that keep the column contract (data/README.md). Every complaint names the file, the row and the remedy.
+"""Files, folders and Hub data sets -> rows that keep the column contract (data/README.md). Every complaint names file, row and remedy.
 
-A row is a dict as it stands in the file; nothing is dropped or changed. What a row must look like is the task's business: it hands
-in `check`, a function from a row to a sentence on what is wrong with it, or None.
+What a row must look like is the task's business: it hands in `check`, a function from a row to a sentence on what is wrong with it, or
+None. formats.py reads the bytes, shapes.py turns other shapes of a dialogue into ours; here rows become splits.
 """
 
+import functools
 import hashlib
 import json
+import math
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from recipes.common import formats, shapes
 from recipes.common.errors import UserError
+from recipes.common.formats import File, Record
+from recipes.common.shapes import check_classify, check_dialogue, check_pretrain, check_tag, check_translate, short  # noqa: F401
 
 # First match wins. "validation" and "val" are what other tools write.
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val"), "test": ("test",)}
-ROLES = ("system", "user", "assistant", "tool")
+HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 Check = Callable[[dict], str | None]
 
@@ -26,138 +33,282 @@ class Rows:
 
     rows: list[dict]
     source: str
-    sha256: str
+    sha256: str  # of the file's bytes; of several sources, of their hashes
     skipped: list[str] = field(default_factory=list)  # one sentence for each row left out by on_bad_row="skip"
+    notes: list[str] = field(default_factory=list)  # what the reader took for granted, changed or drew, a sentence each
 
 
-def read(path: Path, check: Check, on_bad_row: str = "stop") -> Rows:
-    """Read a JSON Lines file (UTF-8, one object a line; blank lines are allowed). Raises `UserError`."""
-    rows, skipped = [], []
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, row {line}: not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8") from error
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): it also splits inside a string, at U+2028
-        if not line.strip():
-            continue
-        row, wrong = _parse(line)
-        wrong = wrong or check(row)
-        if wrong is None:
-            rows.append(row)
-        elif on_bad_row == "skip":
-            skipped.append(f"row {number}: {wrong}")
-        else:
-            raise UserError(f"{path}, row {number}: {wrong} (--on_bad_row skip leaves such rows out and lists them)")
-    if not rows:
-        raise UserError(f"{path} holds no {'usable ' if skipped else ''}row: expected one JSON object a line, see data/README.md")
-    return Rows(rows, str(path), hashlib.sha256(raw).hexdigest(), skipped)
+class Source(NamedTuple):
+    """One value of --data: a file, a folder or a Hub data set, and its weight."""
+
+    name: str
+    weight: float | None = None
 
 
-def load(data: str, check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop") -> dict[str, Rows]:
-    """Read `data`, a .jsonl file (train) or a folder of train/dev/test.jsonl, into {"train": ..., "dev": ..., maybe "test": ...}.
+def records(file: File, check: Check, columns: str | None = None) -> Iterator[Record]:
+    """Records of `file` (from formats.identify), one at a time: columns renamed, dialogues brought into our shape, checked.
 
-    Without a dev file, a share `dev_fraction` of the train rows, drawn with `seed`, becomes dev. A row is a whole dialogue, so no
-    dialogue ever stands on both sides.
+    `number` is the record's, `wrong` the complaint, if there is one; the rows of all records without one keep the contract. Memory
+    does not grow with the file, except for a JSON array. Raises `UserError` where no row can be told from the next.
     """
-    files = find(data)
-    if "train" not in files:
-        raise UserError(f"{data} has no train.jsonl: training needs one")
-    splits = {name: read(path, check, on_bad_row) for name, path in files.items()}
-    if "dev" not in splits:
-        train = splits["train"]
-        if len(train.rows) < 2:
-            raise UserError(f"{train.source} has one row: training needs at least two, as one is held out as dev")
-        held_out = min(max(1, round(len(train.rows) * dev_fraction)), len(train.rows) - 1)
-        chosen = set(random.Random(seed).sample(range(len(train.rows)), held_out))
-        source = f"{train.source} ({held_out} rows held out, seed {seed})"
-        splits["dev"] = Rows([r for i, r in enumerate(train.rows) if i in chosen], source, train.sha256)
-        train.rows = [r for i, r in enumerate(train.rows) if i not in chosen]
+    renames, used = parse_columns(columns), set()
+    chat = _takes_dialogues(check)
+    if file.columns is not None and (absent := [old for old in renames if old not in file.columns]):
+        raise UserError(f"{file.name}: there is no column {short(absent[0])} to rename ({shapes.columns_of(file.columns)}); see --columns")
+    for record in formats.records(file):
+        row, wrong = record.row, record.wrong
+        if wrong is None:
+            used |= renames.keys() & row.keys()
+            row, wrong = _rename(row, renames)
+        if wrong is None and file.format == "csv":
+            row, wrong = _read_lists(row)
+        # Also where the check has nothing to say: a tool call with text beside it is one more turn to train on, if left as it stands.
+        if wrong is None and ("messages" in row or check(row)):
+            row, wrong = shapes.dialogue(row, pairs=chat)
+        yield record._replace(row=row, wrong=wrong or check(row))
+    if absent := [old for old in renames if old not in used and file.columns is None]:
+        raise UserError(f"{file.name}: no row has a column {short(absent[0])} to rename; see --columns")
+
+
+def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
+    """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
+    file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
+    rows, skipped, context, chat = [], [], 0, _takes_dialogues(check)
+    for record in records(file, check, columns):
+        if record.wrong is None:
+            rows.append(record.row)
+            context += shapes.context_turns(record.row) if chat else 0
+        elif on_bad_row == "skip":
+            skipped.append(f"{record.where}: {record.wrong}")
+        else:
+            raise UserError(f"{file.name}, {record.where}: {record.wrong} (--on_bad_row skip leaves such rows out and lists them)")
+    if not rows:
+        raise UserError(f"{file.name} holds no {'usable ' if skipped else ''}row: data/README.md says what a file may hold")
+    notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
+                             '"train": false)'] if context else [])]
+    return Rows(rows, file.name, file.sha256, skipped, notes)
+
+
+def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
+         columns: str | None = None) -> dict[str, Rows]:
+    """Read the sources `data` into {"train": ..., "dev": ..., maybe "test": ...}. Raises `UserError`.
+
+    A source is a file (train), a folder with train/dev/test files or a Hub data set, each maybe with a weight (`_mix`). Of the train
+    rows of sources without a dev file, a share `dev_fraction`, drawn with `seed`, becomes dev. That happens before any row is repeated
+    for its weight, and a row is a whole dialogue, so no dialogue ever stands on both sides.
+    """
+    asked = sources(data)
+    parts = []
+    for source in asked:
+        files = find(source.name)
+        if "train" not in files:
+            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
+        parts.append({split: read(file, check, on_bad_row, columns) for split, file in files.items()})
+    _hold_out(parts, dev_fraction, seed)
+    splits = {split: _join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
+    if asked[0].weight is not None:
+        _mix(splits["train"], [part["train"] for part in parts], [source.weight for source in asked], seed)
     return splits
 
 
-def find(data: str) -> dict[str, Path]:
-    """The files of `data` by split. Raises `UserError` when there is none."""
+def load_split(data: str | list[str], split: str, check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
+               columns: str | None = None) -> Rows | None:
+    """The one split of `load`, without reading the others where that can be done; None if there is no such split."""
+    found = [find(source.name) for source in sources(data)]
+    if split == "test" or (split == "dev" and all("dev" in files for files in found)):
+        parts = [read(files[split], check, on_bad_row, columns) for files in found if split in files]
+        return _join(parts) if parts else None
+    return load(data, check, dev_fraction, seed, on_bad_row, columns)[split]
+
+
+def sources(data: str | list[str]) -> list[Source]:
+    """The sources that --data names, as NAME or NAME:WEIGHT; what follows a colon and is no number is a Hub data set's config."""
+    found = []
+    for value in [data] if isinstance(data, str) else data:
+        name, colon, end = value.rpartition(":")
+        if not colon or Path(value).exists() or not re.fullmatch(r"[-+.\deE]+|nan|inf", end, re.A):
+            found.append(Source(value))
+            continue
+        try:
+            weight = float(end)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise UserError(f"--data {value}: the weight {end} is no number above 0; write a share, as in {name}:0.5")
+        found.append(Source(name, weight))
+    weighted = [source for source in found if source.weight is not None]
+    if len(found) == 1 and weighted:
+        raise UserError(f"--data {name}:{end}: a weight is a share among several sources, so one alone can't have any; leave it out "
+                        "(--max_train_samples N trains on a part)")
+    if 0 < len(weighted) < len(found):
+        bare = next(source.name for source in found if source.weight is None)
+        raise UserError(f"--data {bare} has no weight, but {weighted[0].name} has: give a weight to every source, or to none")
+    return found
+
+
+def find(data: str) -> dict[str, Path | File]:
+    """The files of one source by split, downloaded from the Hub if it names a data set there. Raises `UserError` when there is none."""
     path = Path(data)
     if path.is_file():
         return {"train": path}
     if not path.is_dir():
+        if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A) and not formats.suggested(path):
+            return _hub(data)
         raise UserError(f"--data {data}: no such file or folder")
-    found = {split: next((path / f"{name}.jsonl" for name in names if (path / f"{name}.jsonl").is_file()), None)
+    found = {}
+    for split, names in SPLITS.items():
+        files = [[file for file in sorted(path.glob(f"{name}.*")) if file.is_file() and formats.suggested(file)
+                  and file.name.lower().removesuffix(".gz").count(".") == 1] for name in names]
+        first = next(filter(None, files), [])
+        if len(first) > 1:
+            raise UserError(f"--data {data}: the folder holds both {first[0].name} and {first[1].name}, so which is {split} is unclear; "
+                            "move one away")
+        found |= {split: first[0]} if first else {}
+    if not found:
+        raise UserError(f"--data {data}: the folder holds no train.jsonl, dev.jsonl or test.jsonl, nor such a file in another format "
+                        "(data/README.md)")
+    return found
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`--columns new=old,...` as {old: new}. Raises `UserError`."""
+    pairs = [pair.split("=") for pair in (text or "").split(",") if text]
+    if any(len(pair) != 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
+        raise UserError(f"--columns {text}: write NEW=OLD, with a comma between two, as in source=question,target=answer")
+    renames = {old.strip(): new.strip() for new, old in pairs}
+    if len(renames) < len(pairs) or len(set(renames.values())) < len(pairs):
+        raise UserError(f"--columns {text}: a column is named twice; give each once")
+    return renames
+
+
+def _takes_dialogues(check: Check) -> bool:
+    """Whether `check` is that of a task which learns from any dialogue, as chat does, so that a question and an answer make a row of it."""
+    return check({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}) is None and bool(check({}))
+
+
+def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:
+    for old, new in renames.items():
+        if old not in row and new not in shapes.OPTIONAL:
+            return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row)}); see --columns"
+        if old in row and new in row and new not in renames:
+            return row, f"--columns {new}={old} would overwrite the column {short(new)}; rename that one too, as in other={new}"
+    return {renames.get(name, name): value for name, value in row.items()}, None
+
+
+def _read_lists(row: dict) -> tuple[dict, str | None]:
+    """The lists that a CSV file holds as JSON; an empty field of the columns that may be missing counts as missing."""
+    row = {name: value for name, value in row.items() if value or name not in shapes.OPTIONAL}
+    for name in shapes.LISTS:
+        if row.get(name, "").lstrip().startswith("["):
+            row[name], wrong = shapes.parse(row[name])
+            if wrong:
+                return row, f'"{name}" begins like a JSON list but is none: {wrong}'
+    return row, None
+
+
+def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> None:
+    """Give a dev split to the sources that have none, from one draw over the train rows of them all."""
+    without = [part for part in parts if "dev" not in part]
+    size = sum(len(part["train"].rows) for part in without)
+    if not without:
+        return
+    if size < 2 and without == parts:
+        raise UserError(f"{parts[0]['train'].source} has one row: training needs at least two, as one is held out as dev")
+    held_out = min(max(1, round(size * dev_fraction)), size - 1)
+    chosen = set(random.Random(seed).sample(range(size), held_out))
+    start = 0
+    for part in without:
+        train = part["train"]
+        taken = [start + i in chosen for i in range(len(train.rows))]
+        start += len(taken)
+        if any(taken):
+            part["dev"] = Rows([row for row, out in zip(train.rows, taken, strict=True) if out],
+                               f"{train.source} ({sum(taken)} rows held out, seed {seed})", train.sha256)
+        train.rows = [row for row, out in zip(train.rows, taken, strict=True) if not out]
+
+
+def _join(parts: list[Rows]) -> Rows:
+    """The rows of several sources, one source after the other."""
+    if len(parts) == 1:
+        return Rows(parts[0].rows, parts[0].source, parts[0].sha256, parts[0].skipped, [*parts[0].notes])
+    return Rows([row for part in parts for row in part.rows], " + ".join(part.source for part in parts),
+                hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest(),
+                [f"{part.source}, {sentence}" for part in parts for sentence in part.skipped],
+                [sentence for part in parts for sentence in part.notes])
+
+
+def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> None:
+    """Draw `train` anew from its parts so that their shares are as their weights, and as many rows as all parts have together.
+
+    A part that gives fewer rows than it has gives a draw without repeats. One that gives more gives each of its rows equally often,
+    and a draw of its rows once more. The mixture is shuffled, so that its first N rows are mixed alike.
+    """
+    generator, total = random.Random(seed), len(train.rows)
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
+        counts[i] += 1
+    train.rows = []
+    for part, weight, count in zip(parts, weights, counts, strict=True):
+        size = len(part.rows)
+        if not size or not count:
+            raise UserError(f"{part.source} with weight {weight:g} would give no train row: "
+                            f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
+        rounds, rest = divmod(count, size)
+        train.rows += part.rows * rounds + generator.sample(part.rows, rest)
+        effect = f"{size - count} rows are left out" if count < size else f"{count - size} are repeats" if count > size else "each row once"
+        train.notes.append(f"{part.source} with weight {weight:g} gives {count} of the {total} train rows, {count / total:.1%}; "
+                           f"it has {size}, so {effect}")
+    generator.shuffle(train.rows)
+
+
+@functools.cache
+def _hub(name: str) -> dict[str, File]:
+    """The splits of the Hub data set NAME or NAME:CONFIG. Asks the Hub first, as `datasets` alone would try for half a minute."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.utils._http import httpx2
+
+    repository, _, config = name.partition(":")
+    retries = datasets.DownloadConfig().max_retries
+    try:
+        HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
+    except GatedRepoError:
+        raise UserError(f"--data {name}: accept its licence on the Hub and log in first (hf auth login)") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"--data {name}: no such file, folder or data set on the Hub") from None
+    except (HfHubHTTPError, OSError, httpx2.HTTPError):
+        retries = 0  # it may still be in the cache
+    try:
+        loaded = datasets.load_dataset(repository, config or None, download_config=datasets.DownloadConfig(max_retries=retries))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+        if not retries:
+            raise UserError(f"--data {name}: no such file or folder here, and no data set of that name is in the cache while the Hugging "
+                            "Face Hub can't be reached; name a file or folder, or a mirror (HF_ENDPOINT=https://...)") from None
+        raise UserError(f"--data {name}: the Hub's data set can't be loaded ({' '.join(str(error).split())[:300]})") from None
+    if not retries:
+        print(f"note: the Hub can't be reached; {name} is taken from the cache")
+    found = {split: next((hub_split(loaded[own], f"{name} ({own})") for own in names if own in loaded), None)
              for split, names in SPLITS.items()}
     if not any(found.values()):
-        raise UserError(f"--data {data}: the folder holds no train.jsonl, dev.jsonl or test.jsonl")
+        raise UserError(f"--data {name}: the data set has no split train, dev, validation, val or test, but {', '.join(loaded)}")
     return {split: file for split, file in found.items() if file}
 
 
-def check_dialogue(row: dict) -> str | None:
-    """What is wrong with a row of the chat task, in one sentence; None if nothing is."""
-    if "messages" not in row:
-        names = ", ".join(row) or "none"
-        return f'no column "messages" (columns: {names}); a dialogue is {{"messages": [{{"role": "user", "content": "..."}}, ...]}}'
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        return '"messages" must be a list of turns that is not empty'
-    for i, turn in enumerate(messages, start=1):
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            return f'turn {i} must be an object with "role" and "content", not {_short(turn)}'
-        if turn["role"] not in ROLES:
-            return f"turn {i}: role {_short(turn['role'])} is unknown; use one of {', '.join(ROLES)}"
-        if not isinstance(turn["content"], str):
-            return f"turn {i}: content must be a string, not {_short(turn['content'])}"
-        if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
-            return f"turn {i}: content holds half a character (a lone surrogate, {_short(turn['content'])}); write the whole one"
-        if not turn["content"].strip():
-            return f"turn {i} ({turn['role']}) is empty; remove it or give it text"
-        if turn["role"] == "system" and i > 1:
-            return f"turn {i}: a system turn may only come first"
-        if not isinstance(turn.get("train", True), bool):
-            return f'turn {i}: "train" must be true or false, not {_short(turn["train"])}'
-    if not any(turn["role"] == "assistant" for turn in messages):
-        return "no assistant turn, so there is nothing to learn; a dialogue needs at least one"
-    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in messages):
-        return 'every assistant turn has "train": false, so there is nothing to learn'
-    return None
+def hub_split(split, name: str) -> File:
+    """A `datasets.Dataset` as a file to read. Class numbers become their names; the hash is that of the rows, as JSON lines."""
+    from datasets import ClassLabel, List
 
+    def named(feature, value):
+        if isinstance(feature, List) and value is not None:
+            return [named(feature.feature, entry) for entry in value]
+        return feature.int2str(value) if isinstance(feature, ClassLabel) and value is not None and value >= 0 else value
 
-def check_classify(row: dict, label: str = "label", multi_label: bool = False) -> str | None:
-    """What is wrong with a row of the classify task, in one sentence; None if nothing is. A dialogue needs a turn with the key `label`."""
-    if "messages" in row:
-        wrong = check_dialogue(row)
-        if wrong is None and not any(label in turn for turn in row["messages"]):
-            wrong = f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
-        return wrong
-    for column in ("text", label):
-        if column not in row:
-            return f'no column "{column}" (columns: {", ".join(row) or "none"}); a row is {{"text": "...", "{label}": "..."}}'
-    for column in ("text", "text_pair"):
-        value = row.get(column)
-        if column == "text" and (not isinstance(value, str) or not value.strip()) or value is not None and not isinstance(value, str):
-            return f'"{column}" must be a string with visible text, not {_short(value)}'
-    values = row[label] if multi_label else [row[label]]
-    if not isinstance(values, list):
-        return f'"{label}" must be a list of labels, as --multi_label says, not {_short(values)}'
-    wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, str | int) or v == ""), None)
-    if wrong is not None:
-        return f'"{label}" must be a string or a whole number, not {_short(wrong)}'
-    return None
+    def rows():
+        return ({key: named(split.features[key], value) for key, value in row.items()} for row in split)
 
-
-def _parse(line: str) -> tuple[dict, str | None]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return {}, f"broken JSON at column {error.colno} ({error.msg}): {_short(line)}"
-    except RecursionError:
-        return {}, f"JSON nested too deeply: {_short(line)}"
-    except ValueError as error:  # a number of more than 4,300 digits
-        return {}, f"JSON that can't be read ({error}): {_short(line)}"
-    return (row, None) if isinstance(row, dict) else ({}, f"expected a JSON object, not {_short(row)}")
-
-
-def _short(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    digest = hashlib.sha256()
+    for row in rows():
+        digest.update(json.dumps(row, default=str).encode() + b"\n")
+    return File(name, "hub", digest.hexdigest(), columns=split.column_names, hub=rows)

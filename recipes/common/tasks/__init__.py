@@ -62,7 +62,7 @@ def module(name: str):
 def load(shared, training) -> Task:
     """Read and tokenize the rows of `shared.task` for the model `shared.model`; prints what was read. Raises `UserError`."""
     kind = module(shared.task)
-    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row)
+    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
     source = models.resolve(shared.model, shared.fallback_model)
@@ -74,7 +74,7 @@ def load(shared, training) -> Task:
         setattr(task, split, features)
         refused = list(counts.pop("refused").values())
         task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
-                                        "bad_rows": splits[split].skipped + refused}
+                                        "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
     if training.process_index == 0:
         print_report(task)
     return task
@@ -115,7 +115,7 @@ def print_report(task: Task) -> None:
     for split, c in report["splits"].items():
         print(f"{split}: {c['kept']} of {c['rows']} {c['unit']}, {c['tokens']:,} tokens, {c['supervised']:,} {c['items']} trained on "
               f"({c['source']})")
-        for sentence in c["sentences"]:
+        for sentence in c["notes"] + c["sentences"]:
             print(f"  {sentence}")
         for sentence in c["bad_rows"][:5]:
             print(f"  skipped {sentence}")

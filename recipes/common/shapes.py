@@ -1,0 +1,243 @@
+"""What a row of each task must look like, and other shapes of a dialogue -> `messages`. Pure: a row in, a row or a sentence out.
+
+The shapes are those of OpenAI's chat files, ShareGPT, Alpaca, and question and answer in two columns; data/README.md describes them.
+"""
+
+import json
+
+ROLES = ("system", "user", "assistant", "tool")
+# What OpenAI and ShareGPT files call the roles. A function_call is the assistant's; an observation is what came back.
+OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
+               "function": "tool", "function_response": "tool", "observation": "tool"}
+# Columns of the question and of the answer; the first pair is Alpaca's.
+PAIRS = (("instruction", "output"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
+LISTS = ("messages", "conversations", "history", "tokens", "tags", "label")  # what a CSV file writes as JSON
+OPTIONAL = ("system", "input", "history", "text_pair", "id", "language", "domain")
+# Names by which the first line of a table is known to be its header.
+NAMES = {"text", "source", "target", *LISTS, *OPTIONAL, *(name for pair in PAIRS for name in pair)}
+
+
+def dialogue(row: dict, pairs: bool = True) -> tuple[dict, str | None]:
+    """`row` in the shape of the chat task, and what keeps it from taking that shape, in one sentence, or None.
+
+    `pairs`: question and answer columns count as a dialogue. Columns that are not part of the dialogue are kept. A row in which no shape
+    is recognised is returned as it is: whether a row keeps the contract is for `check_dialogue` to say.
+    """
+    shapes = [(name,) for name in ("messages", "conversations") if name in row]
+    shapes = shapes or [pair for pair in PAIRS if pairs and pair[0] in row and pair[1] in row]
+    if len(shapes) > 1:
+        fitting = " and ".join("/".join(shape) for shape in shapes)
+        return row, f"the columns fit more than one shape ({fitting}): rename the ones not meant, as in --columns unused={shapes[1][-1]}"
+    if not shapes:
+        return row, None
+    [shape] = shapes
+    if len(shape) == 2:
+        used, (messages, wrong) = {*shape, "input", "history"}, _pair(row, *shape)
+    elif isinstance(row[shape[0]], list):
+        used, (messages, wrong) = {*shape}, _turns(row[shape[0]])
+    else:
+        used, messages, wrong = {*shape}, row[shape[0]], None
+    if wrong:
+        return row, wrong
+    if row.get("system") and isinstance(messages, list):
+        if any(isinstance(turn, dict) and turn.get("role") == "system" for turn in messages):
+            return row, 'there is a column "system" and a system turn as well: keep one of them, as in --columns unused=system'
+        messages, used = [{"role": "system", "content": row["system"]}, *messages], used | {"system"}
+    return {"messages": messages, **{name: value for name, value in row.items() if name not in used}}, None
+
+
+def context_turns(row: dict) -> int:
+    """The number of assistant turns of a dialogue that keeps the contract which are read but not trained on."""
+    return sum(turn["role"] == "assistant" and turn.get("train") is False for turn in row.get("messages", ()))
+
+
+def _turns(turns: list) -> tuple[list, str | None]:
+    messages = []
+    for i, turn in enumerate(turns, start=1):
+        message, wrong = _turn(turn) if isinstance(turn, dict) else (turn, None)
+        if wrong:
+            return [], f"turn {i}: {wrong}"
+        messages.append(message)
+    return messages, None
+
+
+def _turn(turn: dict) -> tuple[dict, str | None]:
+    """A turn of OpenAI's or ShareGPT's kind as one of ours, and what is wrong with it."""
+    turn = dict(turn)
+    for theirs, ours in (("from", "role"), ("value", "content")):
+        if theirs in turn and ours not in turn:
+            turn[ours] = turn.pop(theirs)
+    role, content = turn.get("role"), turn.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type", part) if isinstance(part, dict) else part
+                return turn, f"content must be text, but has a part of type {short(kind)}: remove it, as only parts of type text are read"
+        turn["content"] = content = "".join(part["text"] for part in content)
+    if isinstance(role, str):
+        turn["role"] = OTHER_ROLES.get(role, role)
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if turn.get("role") == "assistant" and calls:
+        text, wrong = _calls(calls if isinstance(calls, list) else [calls])
+        if wrong is None and isinstance(content or "", str):
+            turn["content"] = f"{content}\n{text}" if content else text
+        turn = {key: value for key, value in turn.items() if key not in ("tool_calls", "function_call")} | {"train": False}
+        return turn, wrong
+    if role == "function_call" or (turn.get("role") == "assistant" and turn.get("weight") == 0):
+        turn["train"] = False
+    return turn, None
+
+
+def _calls(calls: list) -> tuple[str, str | None]:
+    """Tool calls as text, one JSON object a line: chat templates differ in what they make of `tool_calls`, if anything."""
+    lines = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return "", f"a tool call must be an object with the name of a function, not {short(call)}"
+        arguments = function.get("arguments", {})  # OpenAI writes them as a string, which holds JSON if the model got it right
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+        lines.append(f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": {arguments}}}')
+    return "\n".join(lines), None
+
+
+def _pair(row: dict, question: str, answer: str) -> tuple[list, str | None]:
+    for name in (question, answer):
+        if wrong := _no_text(row, name):
+            return [], wrong
+    if not isinstance(row.get("input") or "", str):
+        return [], f'"input" must be a string, not {short(row["input"])}'
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        return [], f'"history" must be a list of [question, answer] pairs, not {short(history)}'
+    messages = []
+    for asked, answered in history:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered, "train": False}]
+    asked = f"{row[question]}\n{row['input']}" if row.get("input") else row[question]
+    return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}], None
+
+
+def check_dialogue(row: dict) -> str | None:
+    """What is wrong with a row of the chat task, in one sentence; None if nothing is."""
+    if "messages" not in row:
+        return (f'no column "messages" ({columns_of(row)}); a dialogue is {{"messages": [{{"role": "user", "content": "..."}}, ...]}}, '
+                "or name a question and an answer, as in --columns prompt=QUESTION,response=ANSWER")
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        return '"messages" must be a list of turns that is not empty'
+    for i, turn in enumerate(messages, start=1):
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            return f'turn {i} must be an object with "role" and "content", not {short(turn)}'
+        if turn["role"] not in ROLES:
+            return f"turn {i}: role {short(turn['role'])} is unknown; use one of {', '.join(ROLES)}"
+        if not isinstance(turn["content"], str):
+            return f"turn {i}: content must be a string, not {short(turn['content'])}"
+        if half_a_character(turn["content"]):
+            return f"turn {i}: content holds half a character (a lone surrogate, {short(turn['content'])}); write the whole one"
+        if not turn["content"].strip():
+            return f"turn {i} ({turn['role']}) is empty; remove it or give it text"
+        if turn["role"] == "system" and i > 1:
+            return f"turn {i}: a system turn may only come first"
+        if not isinstance(turn.get("train", True), bool):
+            return f'turn {i}: "train" must be true or false, not {short(turn["train"])}'
+    if not any(turn["role"] == "assistant" for turn in messages):
+        return "no assistant turn, so there is nothing to learn; a dialogue needs at least one"
+    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in messages):
+        return 'every assistant turn has "train": false, so there is nothing to learn'
+    return None
+
+
+def check_classify(row: dict, label: str = "label", multi_label: bool = False) -> str | None:
+    """What is wrong with a row of the classify task, in one sentence; None if nothing is. A dialogue needs a turn with the key `label`."""
+    if "messages" in row:
+        wrong = check_dialogue(row)
+        if wrong is None and not any(label in turn for turn in row["messages"]):
+            wrong = f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
+        return wrong
+    if wrong := _missing(row, "text", label) or _no_text(row, "text"):
+        return wrong
+    if row.get("text_pair") is not None and not isinstance(row["text_pair"], str):
+        return f'"text_pair" must be a string, not {short(row["text_pair"])}'
+    values = row[label] if multi_label else [row[label]]
+    if not isinstance(values, list):
+        return f'"{label}" must be a list of labels, as --multi_label says, not {short(values)}'  # an empty one: none applies
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            return f'"{label}" must be a string or a whole number, not {short(value)}'
+        if isinstance(value, str) and (wrong := _no_text({label: value}, label)):
+            return wrong
+    return f'"{label}" names a label twice: {short(values)}' if len(set(values)) < len(values) else None
+
+
+def check_tag(row: dict) -> str | None:
+    """What is wrong with a row of the tag task (`tokens` and `tags` of equal length), in one sentence; None if nothing is."""
+    if wrong := _missing(row, "tokens", "tags"):
+        return wrong
+    for name in ("tokens", "tags"):
+        if not isinstance(row[name], list) or not row[name]:
+            return f'"{name}" must be a list of strings that is not empty, not {short(row[name])}'
+        for i, one in enumerate(row[name], start=1):
+            if wrong := _no_text({name: one}, name):
+                return f"{wrong} (entry {i})"
+    if len(row["tokens"]) != len(row["tags"]):
+        return f"{len(row['tokens'])} tokens but {len(row['tags'])} tags; each token needs one"
+    return next((f'tag {short(tag)} (entry {i}) holds a blank; write it without, as in "B-city"'
+                 for i, tag in enumerate(row["tags"], start=1) if len(tag.split()) != 1 or tag != tag.strip()), None)
+
+
+def check_translate(row: dict) -> str | None:
+    """What is wrong with a row of the translate task (`source`, `target`), in one sentence; None if nothing is."""
+    return _missing(row, "source", "target") or _no_text(row, "source") or _no_text(row, "target")
+
+
+def check_pretrain(row: dict) -> str | None:
+    """What is wrong with a row of the pretrain task (`text`), in one sentence; None if nothing is."""
+    return _missing(row, "text") or _no_text(row, "text")
+
+
+def parse(text: str) -> tuple[object, str | None]:
+    """The value of a JSON text, and what is wrong with it, in one sentence."""
+    try:
+        return json.loads(text), None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        broken = text.split("\n")[error.lineno - 1]
+        return {}, f"broken JSON at {line}column {error.colno} ({error.msg}): {short(broken)}"
+    except RecursionError:
+        return {}, f"JSON nested too deeply: {short(text)}"
+    except ValueError as error:  # a number of more than 4,300 digits
+        return {}, f"JSON that can't be read ({error}): {short(text)}"
+
+
+def half_a_character(text: str) -> bool:
+    """Whether `text` holds a lone surrogate, which JSON can write and nothing can encode."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def columns_of(row) -> str:
+    """The names of a row's columns, for a sentence."""
+    names = [name if name.isprintable() and len(name) <= 40 else short(name) for name in list(row)[:12]]
+    return f"columns: {', '.join(names) or 'none'}" + (f" and {len(row) - 12} more" if len(row) > 12 else "")
+
+
+def short(value) -> str:
+    """The beginning of a value as one printable line, for a sentence."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _missing(row: dict, *names: str) -> str | None:
+    name = next((name for name in names if name not in row), None)
+    return name and f'no column "{name}" ({columns_of(row)}); rename one, as in --columns {name}=COLUMN'
+
+
+def _no_text(row: dict, name: str) -> str | None:
+    value = row[name]
+    if not isinstance(value, str):
+        return f'"{name}" must be a string, not {short(value)}'
+    if half_a_character(value):
+        return f'"{name}" holds half a character (a lone surrogate, {short(value)}); write the whole one'
+    return None if value.strip() else f'"{name}" must be a string with visible text, not {short(value)}; remove the row or give it text'
