@@ -19,7 +19,8 @@ from recipes.common.errors import UserError
 
 @dataclass
 class MethodArguments(args.Method):
-    learning_rate: float = trainer_option(1e-2, "high: the prefix is far from the loss and has few parameters")
+    learning_rate: float = trainer_option(5e-2, "best on SmolLM2-135M (docs/benchmarks.md); high, as few numbers must do it all",
+                                          prefix_projection=1e-3)
     num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)",
                                      at_least=1)
     start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "

@@ -69,6 +69,7 @@ def parse(argv=None):
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
     parser.add_argument("--batch_size", type=args.positive, default=32, help="replies generated at a time (default: 32)")
+    parser.add_argument("--num_beams", type=args.positive, default=1, help="translate: beams of the search (default: 1, greedy)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
     parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3)")

@@ -19,7 +19,8 @@ import huggingface_hub
 import pytest
 from conftest import DIALOGUES, ROOT
 
-from recipes.common import models
+from recipes import prefix
+from recipes.common import args, models
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 SHORT = ["--max_length", "128", "--max_steps", "1"]
@@ -472,3 +473,10 @@ def test_train_hands_help_to_the_recipe():
 def test_the_trainers_flags_are_listed_on_demand():
     result = call("recipes/lora.py", "--help_trainer")
     assert result.code == 0 and "--gradient_accumulation_steps" in result.out
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], 5e-2), (["--prefix_projection"], 1e-3), (["--prefix_projection", "--learning_rate", "0.2"], 0.2), (["--learning_rate=0.3"], 0.3)])
+def test_a_flag_may_bring_another_learning_rate(words, expected):
+    _, method, training = args.parse("", prefix.MethodArguments, words)
+    assert training.learning_rate == method.learning_rate == expected

@@ -41,13 +41,14 @@ MAY_IMPORT = {
     "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
-    "generation": {"chat", "errors"},
+    "generation": {"chat", "errors", "losses"},
     "prefix_start": set(),
     "evaluation": set(),
     "losses": {"chat"},
-    "trainer": {"errors", "losses", "metrics"},
+    "regularize": {"losses"},
+    "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "trainer"},
+    "tasks": {"errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 
 

@@ -23,10 +23,13 @@ def option(default, help, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def trainer_option(default, help, **by_task):
-    """A flag of `TrainingArguments` for which the recipe has a better default, maybe another one for some tasks (`classify=1e-3`)."""
-    others = "".join(f"; {value:g} for {task}" for task, value in by_task.items())
-    return option(default, help + others, trainer=True, at_least=0, by_task=by_task)
+def trainer_option(default, help, **others):
+    """A flag of `TrainingArguments` for which the recipe has a better default.
+
+    `others` are defaults for a task (`classify=1e-3`), or for a flag of the recipe that is switched on (`prefix_projection=1e-3`).
+    """
+    shown = "".join(f"; {value:g} with {name}" for name, value in others.items())
+    return option(default, help + shown, trainer=True, at_least=0, others=others)
 
 
 @dataclass
@@ -37,7 +40,7 @@ class SharedArguments:
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
     columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
-    task: typing.Literal["chat", "classify"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    task: typing.Literal["chat", "classify", "translate"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)
@@ -54,6 +57,20 @@ class SharedArguments:
                                                                task="classify")
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
+
+    layer_lr_decay: float = option(1.0, "each block learns this times as fast as the one above it: 0.9 spares the lower ones",
+                                   at_least=0.01, group="against over-fitting")
+    model_dropout: float = option(None, "the model's own dropout, wherever it has one (default: as the checkpoint says)", at_least=0,
+                                  below=1, group="against over-fitting")
+    adversarial: typing.Literal["none", "fgm", "pgd"] = option("none", "train on disturbed embeddings too: fgm doubles the time of a step, "
+                                                               "pgd takes four times as long", group="against over-fitting")
+    adversarial_epsilon: float = option(0.05, "size of the disturbance, as a share of the embeddings' own length", at_least=0,
+                                        group="against over-fitting")
+    r_drop: float = option(0.0, "weight of R-Drop: two passes with different dropout must agree (1 to 5); doubles the time of a step",
+                           at_least=0, group="against over-fitting")
+    instruction: str = option(None, "what a decoder-only model is told before the source (Translate to Chinese:)", task="translate")
+    source_prefix: str = option(None, "what an encoder-decoder reads before the source (T5: translate English to German: )",
+                                task="translate")
 
 
 @dataclass
@@ -81,7 +98,7 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
-SHORT = ("classify",)  # tasks whose rows are a sentence rather than a dialogue
+SHORT = ("classify", "translate")  # tasks whose rows are a sentence rather than a dialogue
 
 
 def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
@@ -99,12 +116,13 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                            "All flags of transformers.TrainingArguments work: --help_trainer lists them.")
     add_fields(parser.add_argument_group("this recipe"), method_class)
     every = parser.add_argument_group("every recipe")
-    add_fields(every, SharedArguments, lambda f: "task" not in f.metadata)
+    add_fields(every, SharedArguments, lambda f: not {"task", "group"} & f.metadata.keys())
     every.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
     every.add_argument("-h", "--help", action="help", help="show this text")
     every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
-    for task in dict.fromkeys(f.metadata["task"] for f in fields(SharedArguments) if "task" in f.metadata):
-        add_fields(parser.add_argument_group(f"--task {task}"), SharedArguments, lambda f, task=task: f.metadata.get("task") == task)
+    for kind, title in (("group", "{}"), ("task", "--task {}")):
+        for name in dict.fromkeys(f.metadata[kind] for f in fields(SharedArguments) if kind in f.metadata):
+            add_fields(parser.add_argument_group(title.format(name)), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
     known, rest = parser.parse_known_args(argv)
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
@@ -113,9 +131,10 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     for f in fields(method_class):
         if f.metadata.get("trainer"):
             given = any(word.split("=")[0] == f"--{f.name}" for word in argv)
-            value = getattr(method, f.name) if given else f.metadata["by_task"].get(shared.task, f.default)
-            setattr(method, f.name, value)
-            defaults[f.name] = value
+            if not given:
+                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False))
+                setattr(method, f.name, next(fitting, f.default))
+            defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.model).name}"
     training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
     _check(shared, training, argv)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from recipes.common import chat
+from recipes.common import chat, losses
 from recipes.common.errors import UserError
 
 
@@ -30,21 +30,48 @@ def limit(model, max_length: int, max_new_tokens: int) -> int:
 
 @torch.inference_mode()
 def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 128, batch_size: int = 32,
-            description: str = "Generating") -> tuple[list[str], int]:
+            description: str = "Generating", num_beams: int = 1) -> tuple[list[str], int]:
     """Greedy replies to `prompts` (token ids), in their order, and how many of them were cut at `max_new_tokens`.
 
     The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
-    whole dialogues, about `batch_size` of them, and ends when its last reply does.
+    whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading.
     """
+    if num_beams > 1:
+        return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
     texts, cut = [""] * len(prompts), 0
     with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
         for group in _batches(_chains(prompts), batch_size):
             for i, tokens in _generate(model, tokenizer, prompts, group, max_new_tokens).items():
-                length = next((t for t, token in enumerate(tokens) if token in model.generation_config.eos_token_id), None)
-                cut += length is None
-                texts[i] = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+                texts[i], unended = _text(tokens, model, tokenizer)
+                cut += unended
             bar.update(sum(map(len, group)))
     return texts, cut
+
+
+@torch.inference_mode()
+def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, batch_size: int, num_beams: int,
+          description: str) -> tuple[list[str], int]:
+    """Like `replies`, with `model.generate` on batches of similar length: for encoder-decoders (`pad=right_pad`), and with beams."""
+    texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start: start + batch_size]
+            ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
+            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                                 num_beams=num_beams, max_new_tokens=max_new_tokens)
+            begun = 1 if losses.network(model).config.is_encoder_decoder else ids.shape[1]  # the start token, or the prompt
+            for i, tokens in zip(part, out[:, begun:].tolist(), strict=True):
+                texts[i], unended = _text(tokens, model, tokenizer)
+                cut += unended
+            bar.update(len(part))
+    return texts, cut
+
+
+def _text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:
+    """What was written up to the token that ends it, and whether there is none."""
+    ends = model.generation_config.eos_token_id
+    length = next((t for t, token in enumerate(tokens) if token in (ends if isinstance(ends, list) else [ends])), None)
+    return tokenizer.decode(tokens[:length], skip_special_tokens=True).strip(), length is None
 
 
 def _chains(prompts: list[list[int]]) -> list[list[int]]:
@@ -115,6 +142,13 @@ def left_pad(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch
     ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     return ids, mask
+
+
+def right_pad(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, each (prompts, longest), padded on the right."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([p + [pad_id] * (longest - len(p)) for p in prompts])
+    return ids, torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in prompts])
 
 
 def turns_to_answer(messages: list[dict]) -> list[int]:

@@ -101,13 +101,17 @@ def load_tokenizer(source: Source):
         raise UserError(f"{source.used} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
-def window(source: Source) -> int | None:
-    """The number of tokens the model can read, if its config states one. Raises `UserError` if the config can't be read."""
+def config(source: Source):
+    """The model's config. Raises `UserError` if it can't be read."""
     try:
-        config = AutoConfig.from_pretrained(source.folder)
+        return AutoConfig.from_pretrained(source.folder)
     except (ValueError, OSError) as error:
         raise UserError(f"{source.used} is no model that transformers knows: {' '.join(str(error).split())[:300]}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def window(source: Source) -> int | None:
+    """The number of tokens the model can read, if its config states one. Raises `UserError` if the config can't be read."""
+    return getattr(config(source).get_text_config(), "max_position_embeddings", None)
 
 
 def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, **config):
@@ -133,6 +137,16 @@ def generation_config(tokenizer, **options) -> GenerationConfig:
     """Greedy decoding that ends with the assistant's turn, whatever sampling the checkpoint's own config suggests."""
     ends = sorted({tokenizer.eos_token_id, chat.end_of_turn_id(tokenizer)})
     return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **options)
+
+
+def own_generation_config(source: Source) -> GenerationConfig:
+    """Greedy decoding with the checkpoint's own special tokens and forbidden ones (Marian's must never write padding)."""
+    if (Path(source.folder) / GENERATION_CONFIG_NAME).is_file():
+        own = GenerationConfig.from_pretrained(source.folder)
+    else:
+        own = GenerationConfig.from_model_config(config(source))
+    own.update(do_sample=False, num_beams=1, max_length=None)
+    return own
 
 
 def train_top_layers(model, count: int) -> None:

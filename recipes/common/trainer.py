@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer
 
-from recipes.common import losses
+from recipes.common import losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -37,7 +37,14 @@ class RecipeTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if args.bf16:
             _hold_frozen_in_bf16(model)
-        self.task = task
+        self.task, self.shared = task, shared
+        if shared.r_drop and not _has_dropout(model):
+            raise UserError("--r_drop compares passes with different dropout, and there is none here: give the model some with "
+                            "--model_dropout 0.1")
+        self.adversary = None
+        if shared.adversarial != "none":
+            self.adversary = regularize.Adversary(losses.network(model).get_input_embeddings(), shared.adversarial_epsilon,
+                                                  steps=3 if shared.adversarial == "pgd" else 1)
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
@@ -48,10 +55,34 @@ class RecipeTrainer(Trainer):
         parts = self._parts(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = len(parts[0].targets)
-        loss = sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts) / num_items_in_batch
+        loss = self._summed(parts)
+        if self.shared.r_drop:
+            others = self._parts(model, inputs)
+            loss = (loss + self._summed(others)) / 2 + self.shared.r_drop * regularize.divergence(parts, others)
+        loss = loss / num_items_in_batch
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; num_items_in_batch counts all processes
         return (loss, None) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
+        def step():
+            return super(RecipeTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+        def loss():
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs), False, num_items_in_batch)
+
+        if self.adversary is None:
+            return step()
+        return self.adversary.train(step, loss, inputs["attention_mask"].to(self.args.device))
+
+    def create_optimizer(self, *args, **kwargs):
+        """The Trainer's, its learning rates scaled by --layer_lr_decay."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.shared.layer_lr_decay != 1:
+            regularize.decay_by_layer(optimizer, self.model.named_parameters(), self.shared.layer_lr_decay)
+        return optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, (sums, ...), labels): `sums` is (batch, 2), a row's negative log-likelihood in nats and its number of items; after it
@@ -61,13 +92,19 @@ class RecipeTrainer(Trainer):
             parts = self._parts(model, inputs)
         return None, (losses.row_sums(parts), *self.task.outputs(parts)), inputs["labels"]
 
+    def _summed(self, parts) -> torch.Tensor:
+        return sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts)
+
     def _parts(self, model, inputs) -> list[losses.Part]:
         choose_attention(losses.network(model), inputs["input_ids"].shape[1])
         return self.task.loss(model, inputs)
 
     def _metrics(self, prediction) -> dict[str, float]:
         sums, *outputs = prediction.predictions
-        return mean_loss(sums) | self.task.metrics(*outputs, prediction.label_ids)
+        scores = mean_loss(sums)
+        if not self.task.per_token:
+            del scores["perplexity"]
+        return scores | self.task.metrics(*outputs, prediction.label_ids)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -149,6 +186,11 @@ def mean_loss(sums: np.ndarray) -> dict[str, float]:
     """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2)."""
     nll, items = sums.sum(axis=0)
     return {"loss": float(nll / items), "perplexity": perplexity(nll, items)}
+
+
+def _has_dropout(model) -> bool:
+    modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    return modules or any(regularize.dropouts(losses.network(model).config).values())  # attention drops without a module
 
 
 def _hold_frozen_in_bf16(model) -> None:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 
-from recipes.common import data, losses, models
+from recipes.common import data, losses, models, regularize
 from recipes.common.errors import UserError
 
 
@@ -36,8 +36,10 @@ class Task:
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
     loss: Callable[..., list[losses.Part]]
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
-    metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside loss and perplexity, of all dev rows
+    metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside the loss, of all dev rows
+    per_token: bool = True  # whether the loss is that of tokens, so that its exponential is a perplexity
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels
+    dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
@@ -46,7 +48,7 @@ class Task:
 
     def load_model(self):
         """The model that training starts from."""
-        model = models.load(self.source, self.auto_class, pad_token_id=self.tokenizer.pad_token_id, **self.config)
+        model = models.load(self.source, self.auto_class, pad_token_id=self.tokenizer.pad_token_id, **self.config | self.dropout)
         if self.generation:
             model.generation_config = self.generation
         return model
@@ -95,6 +97,11 @@ def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
     shared.max_length = shared.max_length or min(kind.MAX_LENGTH, window or kind.MAX_LENGTH)
     task = kind.make(shared, source, tokenizer, facts)
     task.window = window
+    if shared.model_dropout is not None:
+        found = regularize.dropouts(models.config(source))
+        if not found:
+            raise UserError(f"--model_dropout: {source.used} has no dropout to set: leave it out")
+        task.dropout = dict.fromkeys(found, shared.model_dropout)
     task.report |= facts
     return task
 

@@ -66,7 +66,7 @@ def make(shared, source, tokenizer, facts) -> Task:
     return Task("classify", "SEQ_CLS", AutoModelForSequenceClassification, source, tokenizer, shared.max_length,
                 encode=partial(encode, tokenizer=tokenizer, shared=shared, labels=facts["labels"]),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.rows, outputs=lambda parts: (parts[0].logits.float(),),
-                metrics=partial(dev_metrics, shared=shared),
+                metrics=partial(dev_metrics, shared=shared), per_token=False,
                 config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": kind})
 
 

@@ -1,0 +1,170 @@
+"""A source and its target: a translation, or any other text made from a text.
+
+Rows are {"source", "target"}; for scoring, "refs" may hold several targets. An encoder-decoder (T5, Marian) reads the source, after
+`--source_prefix`, and writes the target. A decoder-only model is asked in a dialogue of one question, `--instruction` and the source, so
+templates, masks and generation are those of the chat task.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForSeq2SeqLM
+
+from recipes.common import chat, data, evaluation, generation, losses, metrics, models
+from recipes.common.chat import IGNORE
+from recipes.common.errors import UserError
+from recipes.common.tasks import Task
+from recipes.common.tasks import chat as chat_task
+from recipes.common.trainer import dataset_outputs, mean_loss
+
+MAX_LENGTH = 256
+UNIT = "pairs"
+UNTUNED_SCORES = True  # a pretrained model can be asked the same
+COLUMNS = {"loss": "loss", "perplexity": "perplexity", "bleu": "BLEU", "chrf": "chrF", "rougeL": "ROUGE-L"}
+
+
+def check(shared):
+    """A row is a source with its target."""
+    return data.check_translate
+
+
+def rows(rows, shared):
+    """A pair is one row."""
+    return rows
+
+
+def facts(rows, shared) -> dict:
+    """Nothing: a model needs no more than the pairs themselves."""
+    return {}
+
+
+def make(shared, source, tokenizer, facts) -> Task:
+    """The task for this model, by its kind. Raises `UserError` for a tokenizer or chat template that can't be trained on safely."""
+    if models.config(source).is_encoder_decoder:
+        if shared.instruction:
+            raise UserError(f"--instruction asks a decoder-only model; {source.used} is an encoder-decoder: use --source_prefix")
+        return _encoder_decoder(shared, source, tokenizer)
+    if shared.source_prefix:
+        raise UserError(f"--source_prefix is for encoder-decoders; {source.used} is a decoder-only model: use --instruction")
+    task = chat_task.make(shared, source, tokenizer, facts)
+    task.name, task.encode = "translate", partial(_encode_dialogue, instruction=shared.instruction, encode=task.encode)
+    return task
+
+
+def _encoder_decoder(shared, source, tokenizer) -> Task:
+    if tokenizer.eos_token is None or tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer of {source.used} has no token that ends or pads a text: use another encoder-decoder")
+    return Task("translate", "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, source, tokenizer, shared.max_length,
+                encode=partial(encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length),
+                collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
+                generation=models.own_generation_config(source))
+
+
+def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, prefix: str,
+           max_length: int) -> tuple[Dataset, dict]:
+    """Tokenize pairs into columns input_ids (the source) and labels (the target and the token that ends it).
+
+    A source of more than `max_length` tokens loses its end; a pair whose target is longer is left out, as a target without its end would
+    teach the model not to stop. Both are counted. Raises `UserError` when nothing is left.
+    """
+    features, counts, left_out = [], Counter(), []
+    for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
+        ids = tokenizer(prefix + row["source"])["input_ids"]
+        labels = tokenizer(text_target=row["target"] if "target" in row else row["refs"][0])["input_ids"]
+        if labels[-1:] != [tokenizer.eos_token_id]:
+            labels.append(tokenizer.eos_token_id)
+        if len(labels) > max_length:
+            left_out.append(number)
+            continue
+        if len(ids) > max_length:
+            counts["shortened"] += 1
+            ids = tokenizer(prefix + row["source"], truncation=True, max_length=max_length)["input_ids"]
+        features.append({"input_ids": ids, "labels": labels})
+        counts["tokens"] += len(ids) + len(labels)
+        counts["supervised"] += len(labels)
+    if not features:
+        raise UserError(f"{name}: every target is longer than --max_length {max_length}: raise it")
+    sentences = []
+    if counts["shortened"]:
+        sentences.append(f"{counts['shortened']} sources exceed --max_length {max_length} and lost their end")
+    if left_out:
+        sentences.append(f"left out, as their target exceeds --max_length {max_length}: {len(left_out)} pairs")
+    return Dataset.from_list(features), {
+        "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": {}, "items": "tokens",
+        **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+
+
+def collate(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (batch, longest source), labels (batch, longest target), all padded on the right."""
+    batch = chat.pad([{"input_ids": f["input_ids"], "labels": f["input_ids"]} for f in features], pad_id)
+    longest = max(len(f["labels"]) for f in features)
+    batch["labels"] = torch.tensor([f["labels"] + [IGNORE] * (longest - len(f["labels"])) for f in features])
+    return batch
+
+
+def dialogue(row: dict, instruction: str | None) -> list[dict]:
+    """The question that a decoder-only model is asked, and the answer that it learns."""
+    asked = f"{instruction}\n{row['source']}" if instruction else row["source"]
+    answer = row["target"] if "target" in row else row["refs"][0]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _encode_dialogue(rows, name, on_bad_row="stop", training=False, *, instruction, encode):
+    features, counts = encode([{"messages": dialogue(row, instruction)} for row in rows], name, on_bad_row, training)
+    return features, {**counts, "unit": UNIT, "sentences": [sentence.replace("dialogues", UNIT) for sentence in counts["sentences"]]}
+
+
+def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
+    """Loss over the target's tokens, and the target that the model writes, greedily or with --num_beams, against all references."""
+    features, counts = task.encode(rows, "rows", record["shared_arguments"]["on_bad_row"])
+    for sentence in [*counts["refused"].values(), *counts["sentences"]]:
+        print(f"note: {sentence}")
+    gone = set(counts["left_out"]) | set(counts["refused"])
+    kept = [i for i in range(len(rows)) if i + 1 not in gone]
+    references = [row["refs"] if "refs" in row else [row["target"]] for row in rows]
+    languages = [metrics.detect_language(" ".join(refs)) for refs in references]
+    scored, texts, notes = [], {}, []
+    for name, load in candidates.items():
+        model = load()
+        sums = [sums for sums, in dataset_outputs(model, task, features, f"Loss of {name}")]
+        texts[name], cut = _write(name, model, task, rows, record, options)
+        scores = metrics.score_replies(texts[name], references, languages)
+        signature = scores.pop("signature")
+        for language, score in scores.items():
+            part = [pair for i, pair in zip(kept, sums, strict=True) if language in ("all", languages[i])]
+            score |= mean_loss(np.array(part)) if part else {"loss": np.nan, "perplexity": np.nan}
+            scored.append({"language": language, "model": name, "count": score["n"], "empty": score["empty"],
+                           "values": [score[key] for key in COLUMNS]})
+        if cut:
+            notes.append(f"{name}: {cut} of {len(rows)} targets did not end within {options.max_new_tokens} tokens and were cut")
+    samples = [[("source", rows[i]["source"]), ("reference", references[i][0]), *((name, written[i]) for name, written in texts.items())]
+               for i in evaluation.spread(len(rows), options.samples)]
+    predictions = [{"id": row.get("id", i), "language": languages[i], "source": row["source"], "references": references[i],
+                    **{name: written[i] for name, written in texts.items()}} for i, row in enumerate(rows)]
+    how = "greedy" if options.num_beams == 1 else f"{options.num_beams} beams"
+    return evaluation.result(COLUMNS.values(), scored, UNIT, len(rows), notes=notes, samples=samples, predictions=predictions,
+                             signature=f"{signature}; {how}, at most {options.max_new_tokens} new tokens")
+
+
+def _write(name, model, task, rows, record, options) -> tuple[list[str], int]:
+    """A model's own target for each row, and how many were cut at --max_new_tokens. Sources that don't fit give an empty target."""
+    flags = record["shared_arguments"]
+    if task.peft_type == "CAUSAL_LM":
+        limit = generation.limit(model, task.max_length, options.max_new_tokens)
+        prompts = [chat.prompt(dialogue(row, flags["instruction"])[:1], task.tokenizer, limit) for row in rows]
+        fitting = [ids for ids in prompts if ids is not None]
+        if len(fitting) < len(rows):
+            print(f"note: {len(rows) - len(fitting)} sources exceed the {limit} tokens that --max_length leaves; their targets are empty")
+        texts, cut = generation.replies(model, task.tokenizer, fitting, options.max_new_tokens, options.batch_size, f"Targets of {name}",
+                                        options.num_beams)
+        texts = iter(texts)
+        return [next(texts) if ids is not None else "" for ids in prompts], cut
+    sources = [task.tokenizer((flags["source_prefix"] or "") + row["source"], truncation=True, max_length=task.max_length)["input_ids"]
+               for row in rows]
+    return generation.write(model, task.tokenizer, sources, generation.right_pad, options.max_new_tokens, options.batch_size,
+                            options.num_beams, f"Targets of {name}")
