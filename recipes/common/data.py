@@ -266,12 +266,12 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
 def _hub(name: str) -> dict[str, File]:
     """The splits of the Hub data set NAME or NAME:CONFIG. Asks the Hub first, as `datasets` alone would try for half a minute."""
     import datasets
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.utils._http import httpx2
 
     repository, _, config = name.partition(":")
-    retries = datasets.DownloadConfig().max_retries
+    offline = constants.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
     except GatedRepoError:
@@ -279,15 +279,18 @@ def _hub(name: str) -> dict[str, File]:
     except RepositoryNotFoundError:
         raise UserError(f"--data {name}: no such file, folder or data set on the Hub") from None
     except (HfHubHTTPError, OSError, httpx2.HTTPError):
-        retries = 0  # it may still be in the cache
+        constants.HF_HUB_OFFLINE = True  # for what follows: it may still be in the cache, and retries would take half a minute
+    unreachable = constants.HF_HUB_OFFLINE
     try:
-        loaded = datasets.load_dataset(repository, config or None, download_config=datasets.DownloadConfig(max_retries=retries))
+        loaded = datasets.load_dataset(repository, config or None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
-        if not retries:
+        if unreachable:
             raise UserError(f"--data {name}: no such file or folder here, and no data set of that name is in the cache while the Hugging "
                             "Face Hub can't be reached; name a file or folder, or a mirror (HF_ENDPOINT=https://...)") from None
         raise UserError(f"--data {name}: the Hub's data set can't be loaded ({' '.join(str(error).split())[:300]})") from None
-    if not retries:
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    if unreachable:
         print(f"note: the Hub can't be reached; {name} is taken from the cache")
     found = {split: next((hub_split(loaded[own], f"{name} ({own})") for own in names if own in loaded), None)
              for split, names in SPLITS.items()}
