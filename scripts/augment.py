@@ -246,7 +246,8 @@ def paraphrase(texts: list[str], name: str, copy: int) -> list[str | None]:
     source = models.resolve(name)
     tokenizer = models.load_tokenizer(source)
     chat.prepare(tokenizer)
-    model = models.load(source, tokenizer, models.dtype("auto")).to(models.device()).eval()
+    model = models.load(source, dtype=models.dtype("auto")).to(models.device()).eval()
+    model.generation_config = models.generation_config(tokenizer)
     english, chinese = STYLES[(copy - 1) % len(STYLES)]
     ask = {"en": f"Say the following {english}. Keep its meaning, names and numbers. Answer with the new sentence only.\n\n",
            "zh": f"请{chinese}表达下面这句话，意思、名称和数字不变，只回答改写后的句子。\n\n"}

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForPreTraining,
     BertConfig,
     GPT2Config,
@@ -113,7 +114,8 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp("models") / kind
             tokenizer = {"bert": tiny_encoder_tokenizer, "t5": tiny_seq2seq_tokenizer}.get(kind, partial(tiny_tokenizer, kind))()
             set_seed(0)
-            AutoModelForPreTraining.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
+            auto_class = AutoModelForPreTraining if kind in ("bert", "t5") else AutoModelForCausalLM
+            auto_class.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[kind] = folder
         return made[kind]

@@ -186,8 +186,16 @@ def check_tag(row: dict) -> str | None:
 
 
 def check_translate(row: dict) -> str | None:
-    """What is wrong with a row of the translate task (`source`, `target`), in one sentence; None if nothing is."""
-    return _missing(row, "source", "target") or _no_text(row, "source") or _no_text(row, "target")
+    """What is wrong with a row of the translate task, in one sentence; None if nothing is.
+
+    Columns `source` and `target`; in place of the target, `refs` may hold several that are right.
+    """
+    if "refs" not in row:
+        return _missing(row, "source", "target") or _no_text(row, "source") or _no_text(row, "target")
+    if not isinstance(row["refs"], list) or not row["refs"]:
+        return f'"refs" must be a list of targets that is not empty, not {short(row["refs"])}'
+    wrong = next((wrong for text in row["refs"] if (wrong := _no_text({"refs": text}, "refs"))), None)
+    return _missing(row, "source") or _no_text(row, "source") or wrong
 
 
 def check_pretrain(row: dict) -> str | None:
