@@ -36,7 +36,7 @@ def decay_by_layer(optimizer, named_parameters, decay: float) -> None:
         name = names[id(parameter)]
         if found := _BLOCK.search(name):
             return int(found[1]) + 1
-        return 0 if _EMBEDDING.search(name) else top
+        return 0 if _EMBEDDING.search(name) and "prompt_encoder" not in name else top
 
     groups = []
     for group in optimizer.param_groups:

@@ -1,0 +1,192 @@
+"""Layer-wise rates, model dropout, adversarial embeddings and R-Drop: what each does to a step, with several methods and models."""
+
+import pytest
+import torch
+from conftest import DIALOGUES
+from datasets import Dataset
+from test_methods import run_recipe
+from test_trainer import METHODS, TASK, collate, make_model, make_rows
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+
+from recipes.common import args, losses, regularize
+from recipes.common.errors import UserError
+from recipes.common.trainer import RecipeTrainer
+
+
+def trainer_for(model, folder, train=None, **shared):
+    options = {name: shared.pop(name) for name in list(shared) if name not in args.SharedArguments.__dataclass_fields__}
+    options = {"learning_rate": 0.1, "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
+               "optim": "sgd"} | options
+    set_seed(5)
+    return RecipeTrainer(model=model, args=TrainingArguments(output_dir=str(folder), **options), task=TASK, callbacks=[],
+                         shared=args.SharedArguments(**shared), data_collator=collate,
+                         train_dataset=Dataset.from_list(train or make_rows(4)))
+
+
+def gradients(trainer, rows, times=1):
+    model = trainer.model
+    model.zero_grad()
+    for _ in range(times):
+        loss = trainer.training_step(model, collate(rows), torch.tensor(sum(label != -100 for r in rows for label in r["labels"][1:])))
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# Learning rates by layer
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_each_block_learns_slower_than_the_one_above(kind, method, tmp_path):
+    trainer = trainer_for(make_model(kind, method), tmp_path, layer_lr_decay=0.5)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        block = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        level = 0 if "embed_tokens" in name or "wte" in name or "wpe" in name else 3 if block is None else block + 1
+        assert rate == pytest.approx(0.1 * 0.5 ** (3 - level)), name
+    plain = {p for group in trainer_for(make_model(kind, method), tmp_path).create_optimizer().param_groups for p in group["params"]}
+    assert len(plain) == len(rates)
+
+
+def test_weight_decay_stays_with_its_parameters(tmp_path):
+    trainer = trainer_for(make_model("llama", "full"), tmp_path, layer_lr_decay=0.5, weight_decay=0.01)
+    decayed = {id(p) for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]}
+    plain = trainer_for(trainer.model, tmp_path, weight_decay=0.01).create_optimizer()
+    assert decayed == {id(p) for group in plain.param_groups if group["weight_decay"] for p in group["params"]} and decayed
+
+
+# Dropout
+
+
+def test_model_dropout_reaches_every_dropout_of_the_model(tiny, tmp_path, write_jsonl):
+    file = write_jsonl(DIALOGUES)
+    trainer = run_recipe("full", tiny("gpt2"), file, tmp_path / "run", "--model_dropout", "0.3", "--max_steps", "1",
+                         "--load_best_model_at_end", "False")
+    found = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert found == {0.3}
+    assert AutoModelForCausalLM.from_pretrained(tiny("gpt2")).config.resid_pdrop == 0.1
+
+
+# R-Drop
+
+
+def part(logits, targets):
+    return losses.Part(torch.tensor(logits), torch.tensor(targets), torch.ones(len(targets), 1, dtype=torch.bool))
+
+
+def test_the_divergence_is_that_of_the_definition():
+    one, other = part([[1.0, 2.0, 0.5]], [0]), part([[0.0, 1.0, 3.0]], [0])
+    p, q = torch.tensor([1.0, 2.0, 0.5]).softmax(0), torch.tensor([0.0, 1.0, 3.0]).softmax(0)
+    expected = ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2
+    torch.testing.assert_close(regularize.divergence([one], [other]), expected)
+    assert regularize.divergence([one], [one]) == 0
+    yes, no = part([[0.7]], [[1.0]]), part([[-0.2]], [[1.0]])
+    a, b = torch.tensor(0.7).sigmoid(), torch.tensor(-0.2).sigmoid()
+    two = (a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log() + b * (b / a).log() + (1 - b) * ((1 - b) / (1 - a)).log()) / 2
+    torch.testing.assert_close(regularize.divergence([yes], [no]), two)
+
+
+def test_r_drop_adds_the_divergence_of_two_passes(tmp_path):
+    set_seed(3)
+    model = make_model("gpt2", "full")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    rows = collate(make_rows(4))
+    trainer = trainer_for(model, tmp_path, r_drop=2.0)
+    model.train()
+    set_seed(1)
+    loss = trainer.compute_loss(model, rows)
+    set_seed(1)
+    first, second = trainer._parts(model, rows), trainer._parts(model, rows)
+    nll = [parts[0].nll() for parts in (first, second)]
+    expected = (nll[0].mean() + nll[1].mean()) / 2 + 2 * regularize.divergence(first, second) / len(nll[0])
+    torch.testing.assert_close(loss, expected)
+    assert not torch.equal(nll[0], nll[1])
+
+
+def test_r_drop_without_dropout_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--model_dropout 0.1"):
+        trainer_for(make_model("llama", "lora"), tmp_path, r_drop=1.0)
+
+
+# Adversarial embeddings
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disturbance_of_size_zero_is_the_same_step_twice(method, kind, tmp_path):
+    rows = make_rows(3)
+    plain_loss, plain = gradients(trainer_for(make_model(kind, method).eval(), tmp_path), rows, times=2)
+    for kind_of_attack in ("fgm", "pgd"):
+        trainer = trainer_for(make_model(kind, method).eval(), tmp_path, adversarial=kind_of_attack, adversarial_epsilon=0.0)
+        loss, got = gradients(trainer, rows)
+        torch.testing.assert_close(loss, plain_loss)
+        for name in plain:
+            torch.testing.assert_close(got[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disturbance_raises_the_loss_more_than_a_random_one_and_pgd_finds_a_worse_one(method, tmp_path):
+    model, rows = make_model("llama", method), collate(make_rows(6))
+    model.train = lambda mode=True: model  # without dropout, so that passes compare
+    seen = {}
+    for attack in ("fgm", "pgd"):
+        trainer = trainer_for(model, tmp_path, adversarial=attack, adversarial_epsilon=0.3)
+        adversary, passes = trainer.adversary, []
+
+        def clean_pass(trainer=trainer, passes=passes, adversary=adversary):
+            loss = trainer.compute_loss(model, dict(rows))
+            loss.backward()
+            passes.append((float(loss), adversary.delta))
+            return loss
+
+        adversary.train(clean_pass, lambda trainer=trainer: trainer.compute_loss(model, dict(rows)), rows["attention_mask"])
+        seen[attack] = passes[1][0] - passes[0][0]
+        delta = passes[1][1].detach()
+        clean = losses.network(model).get_input_embeddings().weight[rows["input_ids"]].detach() * rows["attention_mask"][..., None]
+        size, radius = delta.flatten(1).norm(dim=1), 0.3 * clean.flatten(1).norm(dim=1)
+        assert (size <= radius * 1.001).all() and (attack == "pgd" or torch.allclose(size, radius, rtol=1e-3))
+        assert not delta[rows["attention_mask"] == 0].any()  # padding is left alone
+        adversary.delta = torch.randn_like(delta) * rows["attention_mask"][..., None]
+        adversary.delta *= delta.flatten(1).norm(dim=1)[:, None, None] / adversary.delta.flatten(1).norm(dim=1)[:, None, None]
+        with torch.no_grad():
+            random = float(trainer.compute_loss(model, dict(rows))) - passes[0][0]
+        adversary.delta = None
+        assert seen[attack] > max(0, 2 * random)
+    assert seen["pgd"] > 0.9 * seen["fgm"]
+
+
+def test_frozen_embeddings_stay_as_they_are(tmp_path):
+    model = make_model("llama", "lora")
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer_for(model, tmp_path, adversarial="fgm", max_steps=2).train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("technique", [{"adversarial": "fgm"}, {"layer_lr_decay": 0.7}], ids=lambda technique: next(iter(technique)))
+def test_a_batch_of_8_still_equals_8_accumulated_rows(technique, tmp_path):
+    found = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        model = make_model("llama", "full")
+        trainer = trainer_for(model, tmp_path, train=make_rows(13), per_device_train_batch_size=batch, num_train_epochs=2,
+                              gradient_accumulation_steps=accumulation, **technique)
+        trainer.train()
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--adversarial", "fgm"), "fgm"), (("--r_drop", "1"), "r_drop"), (("--layer_lr_decay", "0.8"), "decay")])
+def test_a_run_with_a_technique_differs_and_repeats(flags, words, tiny, tmp_path, write_jsonl):
+    file = write_jsonl(DIALOGUES)
+    own = ("--max_steps", "3", "--logging_steps", "1", "--load_best_model_at_end", "False", "--eval_strategy", "no",
+           "--save_strategy", "no", "--learning_rate", "0.01")
+    curves = []
+    for name, extra in (("plain", ()), ("one", flags), ("two", flags)):
+        trainer = run_recipe("full", tiny("gpt2"), file, tmp_path / name, *own, *extra)
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert curves[1] == curves[2] != curves[0]
