@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "regularize": {"losses"},
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 
 

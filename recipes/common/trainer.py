@@ -10,6 +10,7 @@ Four things differ, each in one place:
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ class RecipeTrainer(Trainer):
     def _scores_on_old_rows(self) -> dict[str, float]:
         # predict() and not evaluate(): early stopping listens to every evaluation.
         scores = self.predict(self.task.old, metric_key_prefix="old").metrics
-        return {name.removeprefix("old_"): value for name, value in scores.items() if not name.endswith(("_runtime", "_per_second", "_time"))}
+        seconds = ("_runtime", "_per_second", "_time")
+        return {name.removeprefix("old_"): value for name, value in scores.items() if not name.endswith(seconds)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the supervised items of the optimizer step, micro-batches and processes together."""
@@ -85,8 +87,7 @@ class RecipeTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
-        def step():
-            return super(RecipeTrainer, self).training_step(model, inputs, num_items_in_batch)
+        step = partial(super().training_step, model, inputs, num_items_in_batch)
 
         def loss():
             with self.compute_loss_context_manager():
@@ -160,7 +161,7 @@ def load_trained(folder: Path, model: PeftModel) -> None:
         raise UserError(f"{folder} is damaged ({error}): resume from another checkpoint by naming its folder") from error
     own = trained_state(model)
     if {name: p.shape for name, p in state.items()} != {name: p.shape for name, p in own.items()}:
-        raise UserError(f"{folder} was written by another method or with other settings: use the same recipe and flags")
+        raise UserError(f"{folder} was written by another method or with other settings: resume with the same recipe and flags")
     for name, tensor in own.items():
         tensor.copy_(state[name])
 

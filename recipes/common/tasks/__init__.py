@@ -14,14 +14,14 @@ import importlib
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
 
-from recipes.common import data, losses, models, regularize
+from recipes.common import args, data, losses, models, regularize
 from recipes.common.errors import UserError
 
 
@@ -144,8 +144,8 @@ def of_run(record: dict, tokenizer) -> Task:
 
 
 def flags(record: dict) -> SimpleNamespace:
-    """The flags that all recipes share (args.SharedArguments), as they were in the run of this run.json."""
-    return SimpleNamespace(**record["shared_arguments"])
+    """The flags that all recipes share (args.SharedArguments), as they were in the run of this run.json; newer ones at their defaults."""
+    return SimpleNamespace(**asdict(args.SharedArguments()) | record["shared_arguments"])
 
 
 def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
