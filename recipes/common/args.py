@@ -35,7 +35,7 @@ class SharedArguments:
 
     model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
     data: str = option("data/customer_service", "a .jsonl file, or a folder with train/dev/test.jsonl (data/README.md)")
-    task: typing.Literal["chat", "classify"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    task: typing.Literal["chat", "classify", "tag", "pretrain"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)
@@ -79,7 +79,7 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
-SHORT = ("classify",)  # tasks whose rows are a sentence rather than a dialogue
+SHORT = ("classify", "tag")  # tasks whose rows are a sentence rather than a dialogue
 
 
 def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
@@ -193,6 +193,7 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     argv = [f"--{word[5:]}=False" if word in ("--no_bf16", "--no_load_best_model_at_end") else word for word in argv]
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
+    defaults["remove_unused_columns"] = False  # a collator takes what it needs; some is no argument of the model
     if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         # Dialogues, 8 a step: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache. Short texts, 32.
         batch, accumulation = (32, 1) if task in SHORT else (1, 8) if defaults["use_cpu"] else (8, 1)

@@ -146,6 +146,34 @@ def check_classify(row: dict, label: str = "label", multi_label: bool = False) -
     return None
 
 
+def check_tag(row: dict) -> str | None:
+    """What is wrong with a row of the tag task, in one sentence; None if nothing is. Tags are O, B-type or I-type (IOB2)."""
+    for column in ("tokens", "tags"):
+        if column not in row:
+            return (f'no column "{column}" (columns: {", ".join(row) or "none"}); a row is {{"tokens": ["to", "Paris"], '
+                    '"tags": ["O", "B-city"]}')
+        if not isinstance(row[column], list) or not row[column]:
+            return f'"{column}" must be a list of strings that is not empty, not {_short(row[column])}'
+        for i, entry in enumerate(row[column], start=1):
+            if not isinstance(entry, str) or not entry.strip():
+                return f'"{column}", entry {i} must be a string with visible text, not {_short(entry)}'
+    if len(row["tokens"]) != len(row["tags"]):
+        return f"{len(row['tokens'])} tokens but {len(row['tags'])} tags: each token needs one"
+    wrong = next((tag for tag in row["tags"] if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) == 2)), None)
+    return None if wrong is None else f"tag {_short(wrong)} is not IOB2: write O, or B-type for a span's first word and I-type for the rest"
+
+
+def check_pretrain(row: dict) -> str | None:
+    """What is wrong with a row of the pretrain task, in one sentence; None if nothing is. A dialogue is one text."""
+    if "messages" in row:
+        return check_dialogue(row)
+    if "text" not in row:
+        return f'no column "text" (columns: {", ".join(row) or "none"}); a row is {{"text": "..."}} or a dialogue'
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        return f'"text" must be a string with visible text, not {_short(row["text"])}'
+    return None
+
+
 def _parse(line: str) -> tuple[dict, str | None]:
     try:
         row = json.loads(line)
