@@ -9,9 +9,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -42,7 +44,10 @@ DIALOGUES = [
 
 
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 tokens. "gpt2": one special token and no chat template; else ChatML with its own end of turn."""
+    """A byte-level BPE tokenizer of 400 tokens. "gpt2": one special token and no chat template; "bert": WordPiece, each
+    Chinese character a word, no chat template; else ChatML with its own end of turn."""
+    if kind == "bert":
+        return _tiny_wordpiece()
     specials = ["<|endoftext|>"] if kind == "gpt2" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,10 +63,26 @@ def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return fast
 
 
+def _tiny_wordpiece() -> PreTrainedTokenizerFast:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator([m["content"] for d in DIALOGUES for m in d["messages"]],
+                                  trainers.WordPieceTrainer(vocab_size=150, special_tokens=specials, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[(s, specials.index(s)) for s in ("[CLS]", "[SEP]")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+                                   mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
 def tiny_config(kind: str, vocab_size: int = 400):
-    """Two layers of width 32: GPT-2, Llama with grouped queries, or Qwen3."""
+    """Two layers of width 32: GPT-2, BERT, Llama with grouped queries, or Qwen3."""
     if kind == "gpt2":
         return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
+    if kind == "bert":
+        return BertConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                          max_position_embeddings=256)
     common = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2)
     return LlamaConfig(**common) if kind == "llama" else Qwen3Config(**common, head_dim=8)
@@ -69,7 +90,7 @@ def tiny_config(kind: str, vocab_size: int = 400):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny("gpt2" | "llama" | "qwen3") -> folder of a tiny model with random weights and its tokenizer."""
+    """tiny("gpt2" | "bert" | "llama" | "qwen3") -> folder of a tiny model with random weights and its tokenizer."""
     made = {}
 
     def make(kind: str) -> Path:
@@ -77,7 +98,8 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp("models") / kind
             tokenizer = tiny_tokenizer(kind)
             set_seed(0)
-            AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
+            auto_class = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+            auto_class.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[kind] = folder
         return made[kind]

@@ -35,7 +35,7 @@ class SharedArguments:
 
     model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
     data: str = option("data/customer_service", "a .jsonl file, or a folder with train/dev/test.jsonl (data/README.md)")
-    task: typing.Literal["chat", "classify", "tag", "pretrain"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    task: typing.Literal["chat", "classify", "tag"] = option("chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)

@@ -163,17 +163,6 @@ def check_tag(row: dict) -> str | None:
     return None if wrong is None else f"tag {_short(wrong)} is not IOB2: write O, or B-type for a span's first word and I-type for the rest"
 
 
-def check_pretrain(row: dict) -> str | None:
-    """What is wrong with a row of the pretrain task, in one sentence; None if nothing is. A dialogue is one text."""
-    if "messages" in row:
-        return check_dialogue(row)
-    if "text" not in row:
-        return f'no column "text" (columns: {", ".join(row) or "none"}); a row is {{"text": "..."}} or a dialogue'
-    if not isinstance(row["text"], str) or not row["text"].strip():
-        return f'"text" must be a string with visible text, not {_short(row["text"])}'
-    return None
-
-
 def _parse(line: str) -> tuple[dict, str | None]:
     try:
         row = json.loads(line)

@@ -53,19 +53,20 @@ def facts(rows, shared) -> dict:
 def make(shared, source, tokenizer, facts) -> Task:
     """The task for this model. Raises `UserError` for a tokenizer that does not say which word a token is from."""
     if not tokenizer.is_fast:
-        raise UserError(f"--task tag needs a fast tokenizer (tokenizer.json), which says which word a token is from; {source.used} has none")
+        raise UserError(f"{source.used} has no tokenizer.json, which says which word a token is from: choose another model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     names = list(facts["labels"])
     return Task("tag", "TOKEN_CLS", AutoModelForTokenClassification, source, tokenizer, shared.max_length,
-                encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length, labels=names, last=models.kind(source) == "decoder"),
+                encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length, labels=names,
+                               last=models.kind(source) == "decoder"),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.words, outputs=_likeliest,
                 metrics=partial(dev_metrics, names=names),
                 config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
 
 
-def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int, labels: list[str],
-           last: bool = False) -> tuple[Dataset, dict]:
+def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int,
+           labels: list[str], last: bool = False) -> tuple[Dataset, dict]:
     """Tokenize rows into columns input_ids, (token_type_ids,) labels, each as long as the row's tokens, and words: the numbers of the
     words that have a label, in order. The label stands at a word's first token, or at its `last`.
 
