@@ -14,6 +14,9 @@ from recipes.common import args
 from recipes.common.args import option, trainer_option
 from recipes.common.errors import UserError
 
+# A new head is trained whole. PEFT leaves it out of all-linear by itself for SEQ_CLS, but not for TOKEN_CLS.
+HEADS = ["classifier", "score"]
+
 
 @dataclass
 class MethodArguments(args.Method):
@@ -31,7 +34,7 @@ def adapt(model, task, method, training):
 
     targets = method.target_modules if method.target_modules == "all-linear" else method.target_modules.split(",")
     config = LoraConfig(task_type=task.peft_type, r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
-                        target_modules=targets)
+                        target_modules=targets, exclude_modules=HEADS if task.peft_type == "TOKEN_CLS" else None)
     try:
         return get_peft_model(model, config), []
     except ValueError as error:  # PEFT's own sentence names the modules that it did not find

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,10 @@ DIALOGUES = [
 
 
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 tokens. "gpt2": one special token and no chat template; else ChatML with its own end of turn."""
+    """A byte-level BPE tokenizer of 400 tokens. "gpt2": one special token and no chat template; "bert" and "t5": their own below; else
+    ChatML with its own end of turn."""
+    if kind in ("bert", "t5"):
+        return tiny_encoder_tokenizer() if kind == "bert" else tiny_seq2seq_tokenizer()
     specials = ["<|endoftext|>"] if kind == "gpt2" else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,7 +114,7 @@ def tiny(tmp_path_factory):
     def make(kind: str) -> Path:
         if kind not in made:
             folder = tmp_path_factory.mktemp("models") / kind
-            tokenizer = {"bert": tiny_encoder_tokenizer, "t5": tiny_seq2seq_tokenizer}.get(kind, partial(tiny_tokenizer, kind))()
+            tokenizer = tiny_tokenizer(kind)
             set_seed(0)
             auto_class = AutoModelForPreTraining if kind in ("bert", "t5") else AutoModelForCausalLM
             auto_class.from_config(tiny_config(kind, len(tokenizer))).save_pretrained(folder)

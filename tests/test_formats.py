@@ -306,7 +306,7 @@ CONTRACT = {
                  ({"tokens": "a b", "tags": ["O"]}, '"tokens" must be a list'), ({"tokens": [], "tags": []}, '"tokens" must be a list'),
                  ({"tokens": ["a"], "tags": [0]}, "\"tags\" must be a string, not '0'"),
                  ({"tokens": ["a", ""], "tags": ["O", "O"]}, '"tokens" must be a str'),
-                 ({"tokens": ["a"], "tags": ["B x"]}, "holds a blank"),
+                 ({"tokens": ["a"], "tags": ["B x"]}, "is not IOB2"),
                  ({"tokens": ["a"]}, 'no column "tags"')]),
     check_translate: ([{"source": "Hi", "target": "嗨"}],
                       [({"source": "Hi"}, 'no column "target"'), ({"source": "Hi", "target": ""}, '"target" must be a str'),

@@ -40,7 +40,8 @@ class SharedArguments:
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
     columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
-    task: typing.Literal["chat", "classify", "translate"] = option("chat", "what the rows are: data/README.md holds each task's columns")
+    task: typing.Literal["chat", "classify", "tag", "translate"] = option("chat", "what the rows are: data/README.md holds each task's "
+                                                                          "columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)
@@ -105,7 +106,7 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
-SHORT = ("classify", "translate")  # tasks whose rows are a sentence rather than a dialogue
+SHORT = ("classify", "tag", "translate")  # tasks whose rows are a sentence rather than a dialogue
 
 
 def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
@@ -224,6 +225,7 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     argv = [f"--{word[5:]}=False" if word in ("--no_bf16", "--no_load_best_model_at_end") else word for word in argv]
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
+    defaults["remove_unused_columns"] = False  # a collator takes what it needs; some is no argument of the model
     if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         # Dialogues, 8 a step: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache. Short texts, 32.
         batch, accumulation = (32, 1) if task in SHORT else (1, 8) if defaults["use_cpu"] else (8, 1)

@@ -53,6 +53,11 @@ def language_of(row: dict, text: str) -> str:
     return row["language"] if row.get("language") in ("en", "zh") else detect_language(text)
 
 
+def unspaced(character: str) -> bool:
+    """Whether text writes this character without blanks around it: Chinese, Japanese, full-width signs."""
+    return bool(_CJK_CHARACTER.match(character)) and not "\uac00" <= character <= "\ud7af"  # Korean has blanks between words
+
+
 class CjkTokenizer(Tokenizer):
     """Tokens for ROUGE and distinct-n: each CJK character is one, the text in between is cut as rouge_score does.
 
@@ -257,6 +262,52 @@ def classification_report(predictions, references) -> dict:
         }
         averages[name]["support"] = len(references)
     return {**rows, "accuracy": hits.total() / len(references), **averages}
+
+
+def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The spans that IOB2 tags mark, as (type, first word, word after the last), in order.
+
+    An `I-x` that continues no x begins a span, as in conlleval (Tjong Kim Sang and Buchholz, 2000) and seqeval's default mode.
+    """
+    found = []
+    for i, tag in enumerate(tags):
+        prefix, _, kind = tag.partition("-")
+        if prefix == "I" and found and (found[-1][0], found[-1][2]) == (kind, i):
+            found[-1] = (kind, found[-1][1], i + 1)
+        elif tag != "O":
+            found.append((kind, i, i + 1))
+    return found
+
+
+def span_report(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict:
+    """Return precision, recall, F1 (0-1) and support (count) of the spans of each type, from the tags of n rows of words.
+
+    A span is right if its type and both its ends are. Keys and values are those of seqeval's `classification_report(...,
+    output_dict=True, zero_division=0)`: a dict for each type on either side, "micro avg", "macro avg" and "weighted avg"; and
+    "accuracy", the share of words with the right tag.
+    """
+    _check_lengths(predictions, references)
+    predicted, support, hits = Counter(), Counter(), Counter()
+    for i, (tags, right) in enumerate(zip(predictions, references, strict=True)):
+        if len(tags) != len(right):
+            raise ValueError(f"row {i} has {len(tags)} predicted tags but {len(right)} right ones: give one for each word.")
+        own, true = spans(tags), spans(right)
+        predicted.update(kind for kind, *_ in own)
+        support.update(kind for kind, *_ in true)
+        hits.update(kind for kind, *_ in set(own) & set(true))
+    rows = {kind: _span_scores(hits[kind], predicted[kind], support[kind]) for kind in sorted(predicted.keys() | support.keys())}
+    averages = {"micro avg": _span_scores(hits.total(), predicted.total(), support.total())}
+    for name, weight in (("macro avg", lambda row: 1), ("weighted avg", lambda row: row["support"])):
+        total = sum(map(weight, rows.values()))
+        averages[name] = {score: sum(weight(row) * row[score] for row in rows.values()) / max(total, 1)
+                          for score in ("precision", "recall", "f1-score")} | {"support": support.total()}
+    same = [tag == right for pair in zip(predictions, references, strict=True) for tag, right in zip(*pair, strict=True)]
+    return {**rows, "accuracy": sum(same) / max(len(same), 1), **averages}
+
+
+def _span_scores(hits: int, predicted: int, support: int) -> dict[str, float]:
+    return {"precision": hits / max(predicted, 1), "recall": hits / max(support, 1),
+            "f1-score": 2 * hits / max(predicted + support, 1), "support": support}
 
 
 def score_replies(predictions, references, languages=None) -> dict:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipes.common import chat
@@ -112,6 +112,14 @@ def config(source: Source):
 def window(source: Source) -> int | None:
     """The number of tokens the model can read, if its config states one. Raises `UserError` if the config can't be read."""
     return getattr(config(source).get_text_config(), "max_position_embeddings", None)
+
+
+def kind(source: Source) -> str:
+    """How the model reads: "decoder" (GPT-2, Llama: from left to right), "encoder" (BERT: both ways at once) or "encoder-decoder" (T5)."""
+    config = AutoConfig.from_pretrained(source.folder)
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    return "encoder" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
 
 
 def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, **config):

@@ -4,6 +4,7 @@ The shapes are those of OpenAI's chat files, ShareGPT, Alpaca, and question and 
 """
 
 import json
+import re
 
 ROLES = ("system", "user", "assistant", "tool")
 # What OpenAI and ShareGPT files call the roles. A function_call is the assistant's; an observation is what came back.
@@ -181,8 +182,8 @@ def check_tag(row: dict) -> str | None:
                 return f"{wrong} (entry {i})"
     if len(row["tokens"]) != len(row["tags"]):
         return f"{len(row['tokens'])} tokens but {len(row['tags'])} tags; each token needs one"
-    return next((f'tag {short(tag)} (entry {i}) holds a blank; write it without, as in "B-city"'
-                 for i, tag in enumerate(row["tags"], start=1) if len(tag.split()) != 1 or tag != tag.strip()), None)
+    return next((f"tag {short(tag)} (entry {i}) is not IOB2: write O, or B-type for a span's first word and I-type for the rest"
+                 for i, tag in enumerate(row["tags"], start=1) if tag != "O" and not re.fullmatch(r"[BI]-\S+", tag)), None)
 
 
 def check_translate(row: dict) -> str | None:
