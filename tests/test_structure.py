@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "errors": set(),
     "metrics": set(),
     "bottleneck": set(),
+    "fast_lora": set(),
     "report": set(),
     "augment": {"errors"},
     "chat": {"errors"},
