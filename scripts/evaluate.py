@@ -1,6 +1,7 @@
 """Score a finished run on rows it has not seen, beside the untuned model if asked:
 
     python scripts/evaluate.py --run runs/lora-gpt2 --base
+    python scripts/evaluate.py --run runs/lora-gpt2 --run runs/adapter-gpt2
 
 A chat run answers each assistant turn given its true history: loss and perplexity over the reference's tokens, and of the greedy replies
 corpus BLEU, ROUGE-1/2/L, chrF (0-100) and distinct-1/2 (0-1), per language and in all. The other tasks have their own scores
@@ -25,7 +26,7 @@ def main():
     options = parse()
     from recipes.common import evaluation, models, runs, tasks
 
-    run = Path(options.run)
+    run, *others = map(Path, options.run)
     record = models.read_record(run)
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
         raise UserError(f"--json {options.json}: name a file in a folder that exists")
@@ -36,7 +37,12 @@ def main():
     tokenizer = models.load_run_tokenizer(run)
     task = tasks.of_run(record, tokenizer)
     # Functions, so that one model at a time is in memory.
-    candidates = {record["recipe"]: partial(models.load_run, run, dtype, task.auto_class, task.config, merge=True)}
+    names = {run: record["recipe"]} | {other: other.name for other in others}
+    candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True) for folder, name in names.items()}
+    if others:
+        check_members(run, others, tokenizer, record)
+        candidates["ensemble"] = partial(join, list(candidates.values()))
+        label = "+".join([label, *(other.name for other in others)])
     if options.base and kind.UNTUNED_SCORES:
         candidates = {f"{used} (untuned)": partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
     print(f"{len(rows)} {kind.UNIT} from {source}")
@@ -58,10 +64,35 @@ def main():
           f"  {runs.python()} scripts/train.py   (lists the other recipes)")
 
 
+def join(loaders):
+    """An ensemble of the models that `loaders` load, all in memory."""
+    from recipes.common.losses import Ensemble
+
+    return Ensemble([load() for load in loaders])
+
+
+def check_members(run: Path, others: list[Path], tokenizer, record: dict) -> None:
+    """Raise `UserError` unless all runs do the same task with the same tokens and labels, so that their probabilities can be averaged."""
+    from recipes.common import models
+
+    if len({path.absolute().resolve() for path in (run, *others)}) <= len(others):
+        raise UserError("--run: the same run is named twice")
+    for other in others:
+        theirs = models.read_record(other)
+        if theirs["task"] != record["task"]:
+            raise UserError(f"--run {other} does --task {theirs['task']}, {run} --task {record['task']}: they can't answer together")
+        tokens = models.load_run_tokenizer(other)
+        if tokens.get_vocab() != tokenizer.get_vocab() or tokens.chat_template != tokenizer.chat_template:
+            raise UserError(f"--run {other} and {run} have different tokens or chat templates: they can't answer together")
+        if list(theirs["data"].get("labels", [])) != list(record["data"].get("labels", [])):
+            raise UserError(f"--run {other} and {run} know different labels: they can't answer together")
+
+
 def parse(argv=None):
     """The command line of this script."""
     parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--run", required=True, help="the run folder (--output_dir of the training)")
+    parser.add_argument("--run", required=True, action="append",
+                        help="the run folder (--output_dir of the training); several: each alone, and together by mean probabilities")
     parser.add_argument("--data", help="a file, folder or Hub id (default: the data of the run)")
     parser.add_argument("--columns", help="rename columns of --data, NEW=OLD: source=question,target=answer")
     parser.add_argument("--split", choices=["train", "dev", "test"], help="which rows (default: test, or dev where there is no test file)")

@@ -66,7 +66,7 @@ def collate(rows):
 
 
 TASK = SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=64, train=[{"input_ids": [5, 6, 7]}], loss=losses.next_token,
-                       outputs=lambda parts: (), metrics=lambda *labels: {}, per_token=True, collate=collate)
+                       outputs=lambda parts: (), metrics=lambda *labels: {}, per_token=True, collate=collate, old=None)
 SHARED = args.SharedArguments()
 
 

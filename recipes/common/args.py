@@ -58,6 +58,13 @@ class SharedArguments:
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
 
+    start_from: str = option(None, "go on from this finished run on new data, with its model, template and labels; an adapter by its own "
+                             "recipe", group="continual fine-tuning")
+    replay: str = option(None, "SOURCE:SHARE mixes old or general rows in: SHARE of the train rows come from there, as in old.jsonl:0.2",
+                         group="continual fine-tuning")
+    measure_forgetting: str = option(None, "score this data's dev rows before and after the training; --replay does so by itself",
+                                     group="continual fine-tuning")
+
     layer_lr_decay: float = option(1.0, "each block learns this times as fast as the one above it: 0.9 spares the lower ones",
                                    at_least=0.01, group="against over-fitting")
     model_dropout: float = option(None, "the model's own dropout, wherever it has one (default: as the checkpoint says)", at_least=0,
@@ -262,6 +269,10 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
+    if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
+        raise UserError("--start_from takes the model of the run: leave --model out")
+    if shared.replay and shared.measure_forgetting:
+        raise UserError("--replay measures forgetting on its own source: leave --measure_forgetting out")
     if not 0 < shared.dev_fraction < 1:
         raise UserError(f"--dev_fraction {shared.dev_fraction} is no share: use a number between 0 and 1, such as 0.1")
     if shared.early_stopping_patience and not training.load_best_model_at_end:

@@ -16,8 +16,8 @@ from recipes.common.errors import UserError
 
 def room(model, max_new_tokens: int) -> int:
     """Tokens a prompt may have so that `max_new_tokens` more fit into the model's window, beside a prefix if it has one."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    return window - _prefix_length(model) - max_new_tokens
+    return min((getattr(member.config.get_text_config(), "max_position_embeddings", None) or 10**9) - _prefix_length(member)
+               for member in losses.members(model)) - max_new_tokens
 
 
 def limit(model, max_length: int, max_new_tokens: int) -> int:
@@ -36,6 +36,10 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
     The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
     whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading.
     """
+    if isinstance(model, losses.Ensemble):
+        if num_beams > 1:
+            raise UserError("--num_beams: an ensemble writes greedily; leave it out")
+        return _together(model, tokenizer, prompts, max_new_tokens, batch_size, description)
     if num_beams > 1:
         return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
     texts, cut = [""] * len(prompts), 0
@@ -65,6 +69,48 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
                 cut += unended
             bar.update(len(part))
     return texts, cut
+
+
+def _together(ensemble, tokenizer, prompts, max_new_tokens: int, batch_size: int, description: str) -> tuple[list[str], int]:
+    """`replies` of several models at once: each token is the likeliest by the mean of their next-token probabilities."""
+    texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ends = torch.tensor(ensemble.members[0].generation_config.eos_token_id, device=ensemble.device)
+    with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start: start + batch_size]
+            ids, mask = (tensor.to(ensemble.device) for tensor in left_pad([prompts[i] for i in part], tokenizer.pad_token_id))
+            steps = [_Steps(member, mask) for member in ensemble.members]
+            written, ended = [], torch.zeros(len(part), dtype=torch.bool, device=ensemble.device)
+            while len(written) < max_new_tokens and not ended.all():
+                mean = torch.stack([step(ids).float().log_softmax(-1) for step in steps]).logsumexp(0)
+                ids = mean.argmax(-1, keepdim=True)
+                written.append(ids[:, 0])
+                ended |= torch.isin(ids[:, 0], ends)
+            for i, tokens in zip(part, torch.stack(written, 1).tolist(), strict=True):
+                texts[i], unended = _text(tokens, ensemble.members[0], tokenizer)
+                cut += unended
+            bar.update(len(part))
+    return texts, cut
+
+
+class _Steps:
+    """A model's next-token logits (batch, vocabulary), a call for each token; the first call reads the prompts, padded on the left."""
+
+    def __init__(self, model, mask: torch.Tensor):
+        self.writer, self.past, self.mask = losses.network(model) if _prefix_length(model) else model, DynamicCache(), mask
+        if _prefix_length(model):
+            for i, layer in enumerate(model.get_prompt(batch_size=len(mask)).layers):
+                self.past.update(layer.keys.to(model.dtype), layer.values.to(model.dtype), i)
+            self.mask = torch.cat([mask.new_ones(len(mask), _prefix_length(model)), mask], 1)
+        self.new = 0
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.new:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
+        self.new += 1
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        return self.writer(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.past, use_cache=True,
+                           logits_to_keep=1).logits[:, -1]
 
 
 def _text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:

@@ -6,6 +6,7 @@ for all tasks, and whatever a task supervises is said here and nowhere else.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,31 @@ def rows(model, inputs) -> list[Part]:
     labels = inputs["labels"]
     logits = model(**_without_labels({name: tensor for name, tensor in inputs.items() if name != "weights"})).logits
     return [Part(logits, labels, torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device), inputs.get("weights"))]
+
+
+class Ensemble:
+    """Several models of one task that answer together, by the mean of their probabilities."""
+
+    def __init__(self, members: list):
+        self.members, self.device, self.dtype = members, members[0].device, members[0].dtype
+
+
+def members(model) -> list:
+    """The models that `model` is made of: itself, or those of an ensemble."""
+    return model.members if isinstance(model, Ensemble) else [model]
+
+
+def average(passes: list[list[Part]]) -> list[Part]:
+    """The parts of several models on the same batch as one: logits of the mean probability."""
+    joined = []
+    for parts in zip(*passes, strict=True):
+        first = parts[0]
+        if first.targets.dim() == 2:
+            logits = torch.stack([part.logits.float().sigmoid() for part in parts]).mean(0).logit(eps=1e-7)
+        else:
+            logits = torch.stack([part.log_probabilities() for part in parts]).logsumexp(0) - math.log(len(parts))
+        joined.append(Part(logits, first.targets, first.where, first.weights))
+    return joined
 
 
 def network(model):

@@ -192,6 +192,14 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
         return _ready(model, run)
 
 
+def source_of_run(run: Path, record: dict) -> Source:
+    """What a run that goes on from this one starts from: the run itself if it holds a whole model, else the model below its adapter."""
+    if (run / "config.json").is_file():
+        folder = str(run.absolute())
+        return Source(folder, folder, folder)
+    return resolve(record["model"]["used"])
+
+
 def load_base(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausalLM, config: dict | None = None):
     """The untuned model that a run started from, set to stop where the run's own does."""
     record = read_record(Path(run))

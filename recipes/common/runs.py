@@ -114,6 +114,8 @@ def finish(trainer, task, shared, method) -> None:
         "peak_memory_mb": peak_memory_mb(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "metrics": {f"dev_{key[5:]}": value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(SPEED)},
+        **({"lineage": task.lineage} if task.lineage else {}),
+        **({"forgetting": trainer.forgetting} if trainer.forgetting else {}),
         "method_arguments": asdict(method),
         "shared_arguments": asdict(shared),
         "training_arguments": training.to_dict(),
@@ -126,6 +128,10 @@ def finish(trainer, task, shared, method) -> None:
     print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
           f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))
+    if trainer.forgetting:
+        before, after = trainer.forgetting["before"], trainer.forgetting["after"]
+        print("old rows, before -> after: "
+              + ", ".join(f"{name.replace('_', ' ')} {before[name]:.4f} -> {after[name]:.4f}" for name in after))
     if not math.isfinite(metrics["eval_loss"]):
         raise UserError(f"the training diverged: its dev loss is {metrics['eval_loss']}; lower --learning_rate and train under a new name "
                         f"({folder} is kept for inspection)")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -24,6 +24,9 @@ from recipes.common import losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
+# Settings of a PEFT method that say nothing about what its weights mean.
+MAY_DIFFER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout", "dropout",
+              "total_step", "tinit", "tfinal", "rank_pattern"}
 TRAINED = "trained_parameters.safetensors"
 
 
@@ -37,7 +40,9 @@ class RecipeTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if args.bf16:
             _hold_frozen_in_bf16(model)
-        self.task, self.shared = task, shared
+        self.task, self.shared, self.forgetting = task, shared, {}
+        if shared.start_from:
+            _go_on_from(Path(shared.start_from), model)
         if shared.r_drop and not _has_dropout(model):
             raise UserError("--r_drop compares passes with different dropout, and there is none here: give the model some with "
                             "--model_dropout 0.1")
@@ -49,6 +54,20 @@ class RecipeTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
         self.label_names = ["labels"]
+
+    def train(self, *args, **kwargs):
+        """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
+        if self.task.old is not None:
+            self.forgetting["before"] = self._scores_on_old_rows()
+        result = super().train(*args, **kwargs)
+        if self.task.old is not None:
+            self.forgetting["after"] = self._scores_on_old_rows()
+        return result
+
+    def _scores_on_old_rows(self) -> dict[str, float]:
+        # predict() and not evaluate(): early stopping listens to every evaluation.
+        scores = self.predict(self.task.old, metric_key_prefix="old").metrics
+        return {name.removeprefix("old_"): value for name, value in scores.items() if not name.endswith(("_runtime", "_per_second", "_time"))}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the supervised items of the optimizer step, micro-batches and processes together."""
@@ -108,8 +127,8 @@ class RecipeTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel) and Path(output_dir or "").name.startswith("checkpoint-"):
-            save_file(trained_state(self.model), Path(output_dir) / TRAINED)
+        if isinstance(self.model, PeftModel):
+            save_file(trained_state(self.model), Path(output_dir or self.args.output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _check_same_kind(resume_from_checkpoint, self.model)
@@ -124,21 +143,40 @@ class RecipeTrainer(Trainer):
         # A prefix behind a projection is saved by PEFT as the projection's result: right for use, useless to train on.
         if not isinstance(self.model, PeftModel):
             return False
-        try:
-            state = load_file(Path(checkpoint) / TRAINED)
-        except SafetensorError as error:
-            raise UserError(f"{checkpoint} is damaged ({error}): resume from another checkpoint by naming its folder") from error
-        own = trained_state(self.model)
-        if {name: p.shape for name, p in state.items()} != {name: p.shape for name, p in own.items()}:
-            raise UserError(f"{checkpoint} was written by another method or with other settings: resume with the same flags")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        load_trained(Path(checkpoint), self.model)
         return True
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:
     """The parameters that are trained, by name, sharing memory with the model."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(folder: Path, model: PeftModel) -> None:
+    """Set the trained parameters of `model` to those of a checkpoint or run. Raises `UserError` if they are others."""
+    try:
+        state = load_file(folder / TRAINED)
+    except SafetensorError as error:
+        raise UserError(f"{folder} is damaged ({error}): resume from another checkpoint by naming its folder") from error
+    own = trained_state(model)
+    if {name: p.shape for name, p in state.items()} != {name: p.shape for name, p in own.items()}:
+        raise UserError(f"{folder} was written by another method or with other settings: use the same recipe and flags")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def _go_on_from(run: Path, model) -> None:
+    """Set `model` to what the run learned: a whole model was loaded as such; an adapter's method and settings must be the same."""
+    if (run / "config.json").is_file():
+        return
+    if not isinstance(model, PeftModel) or not (run / TRAINED).is_file():
+        raise UserError(f"--start_from {run} is an adapter: go on with the recipe that made it")
+    own, theirs = model.peft_config[model.active_adapter], PeftConfig.from_pretrained(run)
+    for name in sorted(own.__dict__.keys() - MAY_DIFFER):
+        mine, other = ((set(value) if isinstance(value, list) else value) for value in (getattr(own, name), getattr(theirs, name, None)))
+        if mine != other:
+            raise UserError(f"--start_from {run}: its {name} is {other}, this one's {mine}: use the same recipe and flags")
+    load_trained(run, model)
 
 
 def _check_same_kind(checkpoint, model) -> None:
@@ -164,7 +202,7 @@ def choose_attention(model, length: int) -> None:
 def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int = 2048) -> list[tuple[np.ndarray, ...]]:
     """What `prediction_step` gives for each of `rows`, in their order and without gradients: (sums (2,), the task's own outputs ...).
 
-    The rows (features of the task) go through in order of their length, so that little is padded.
+    `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded.
     """
     order, out, batch = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), [()] * len(rows), []
     for position, i in enumerate(tqdm(order, desc=description, unit="rows")):
@@ -173,8 +211,11 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
         if following and len(rows[following[0]]["input_ids"]) * (len(batch) + 1) <= tokens_per_batch:
             continue
         inputs = {name: tensor.to(model.device) for name, tensor in task.collate([rows[j] for j in batch]).items()}
-        choose_attention(losses.network(model), inputs["input_ids"].shape[1])
-        parts = task.loss(model, inputs)
+        passes = []
+        for member in losses.members(model):
+            choose_attention(losses.network(member), inputs["input_ids"].shape[1])
+            passes.append(task.loss(member, inputs))
+        parts = passes[0] if len(passes) == 1 else losses.average(passes)
         columns = [tensor.cpu().numpy() for tensor in (losses.row_sums(parts), *task.outputs(parts))]
         for j, *values in zip(batch, *columns, strict=True):
             out[j] = tuple(values)

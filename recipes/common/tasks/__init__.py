@@ -11,8 +11,11 @@ folder is one task, found by its file name, and has five functions:
 """
 
 import importlib
+import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -44,6 +47,8 @@ class Task:
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
     dev: Dataset = None
+    old: Dataset = None  # rows on which forgetting is measured
+    lineage: list[dict] = field(default_factory=list)  # the runs that this one goes on from, the first one first
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
 
     def load_model(self):
@@ -65,11 +70,24 @@ def load(shared, training) -> Task:
     splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
-    source = models.resolve(shared.model, shared.fallback_model)
+    old = _replay(kind, shared, splits, training.seed)
     facts = kind.facts(splits["train"].rows, shared)
-    task = _make(kind, shared, source, models.load_tokenizer(source), facts)
+    if shared.start_from:
+        run = Path(shared.start_from)
+        record = models.read_record(run)
+        source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
+        facts = _facts_of_run(record, shared, facts)
+    else:
+        source = models.resolve(shared.model, shared.fallback_model)
+        tokenizer = models.load_tokenizer(source)
+    task = _make(kind, shared, source, tokenizer, facts)
     task.report |= {"max_length": task.max_length, "splits": {}}
-    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples)):
+    if shared.start_from:
+        task.lineage = [*record.get("lineage", []), _ancestor(run, record)]
+    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples), ("old", shared.max_eval_samples)):
+        if split == "old" and old is None:
+            continue
+        splits |= {"old": old}
         features, counts = task.encode(splits[split].rows[:limit], splits[split].source, shared.on_bad_row, split == "train")
         setattr(task, split, features)
         refused = list(counts.pop("refused").values())
@@ -78,6 +96,46 @@ def load(shared, training) -> Task:
     if training.process_index == 0:
         print_report(task)
     return task
+
+
+def _replay(kind, shared, splits: dict, seed: int) -> data.Rows | None:
+    """Mix the rows of --replay into the train rows; returns the dev rows on which forgetting is measured, if any are asked for."""
+    if not (shared.replay or shared.measure_forgetting):
+        return None
+    name, share = shared.measure_forgetting, 0.0
+    if shared.replay:
+        name, _, text = shared.replay.rpartition(":")
+        share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
+        if not name or not 0 < share < 1:
+            raise UserError(f"--replay {shared.replay}: give the share of old rows after a colon, between 0 and 1, as in old.jsonl:0.2")
+    found = data.load(name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns)
+    for split in found.values():
+        split.rows = kind.rows(split.rows, shared)
+    if share:
+        train, wanted = splits["train"], round(share / (1 - share) * len(splits["train"].rows))
+        drawn = random.Random(seed).sample(found["train"].rows, min(wanted, len(found["train"].rows)))
+        train.notes.append(f"replay: {len(drawn)} of {len(found['train'].rows)} rows of {name} added to {len(train.rows)}"
+                           + (f", as there are no {wanted}" if len(drawn) < wanted else ""))
+        train.rows = train.rows + drawn
+    return found["dev"]
+
+
+def _facts_of_run(record: dict, shared, facts: dict) -> dict:
+    """The labels of the run that is continued, which its head knows, with the counts of the new rows. Raises `UserError` for new ones."""
+    if record["task"] != shared.task:
+        raise UserError(f"--start_from {shared.start_from} was trained for --task {record['task']}, not {shared.task}")
+    if "labels" not in facts:
+        return facts
+    known = record["data"]["labels"]
+    if new := [label for label in facts["labels"] if label not in known]:
+        raise UserError(f"--start_from {shared.start_from}: its labels do not include {new[0]!r} of the new rows; a run goes on with the "
+                        "labels it has, so train a new one on all rows")
+    return facts | {"labels": {label: facts["labels"].get(label, 0) for label in known}}
+
+
+def _ancestor(run: Path, record: dict) -> dict:
+    return {"run": str(run.absolute()), "recipe": record["recipe"], "model": record["model"]["used"], "steps": record["steps"],
+            "dev_loss": record["metrics"]["dev_loss"], "train_data": record["data"]["splits"]["train"]["sha256"]}
 
 
 def of_run(record: dict, tokenizer) -> Task:
