@@ -10,6 +10,7 @@ Four things differ, each in one place:
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,7 @@ class RecipeTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
-        def step():
-            return super(RecipeTrainer, self).training_step(model, inputs, num_items_in_batch)
+        step = partial(super().training_step, model, inputs, num_items_in_batch)
 
         def loss():
             with self.compute_loss_context_manager():
