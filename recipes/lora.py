@@ -32,11 +32,13 @@ def adapt(model, task, method, training):
     """Freeze `model` and add the update. Returns the wrapped model and the Trainer callbacks that it needs."""
     from peft import LoraConfig, get_peft_model
 
+    from recipes.common import fast_lora
+
     targets = method.target_modules if method.target_modules == "all-linear" else method.target_modules.split(",")
     config = LoraConfig(task_type=task.peft_type, r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
                         target_modules=targets, exclude_modules=HEADS if task.peft_type == "TOKEN_CLS" else None)
     try:
-        return get_peft_model(model, config), []
+        return fast_lora.speed_up(get_peft_model(model, config)), []
     except ValueError as error:  # PEFT's own sentence names the modules that it did not find
         raise UserError(f"--target_modules {method.target_modules}: {error}") from error
 

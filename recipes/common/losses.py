@@ -15,6 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 
 from recipes.common.chat import IGNORE
+from recipes.common.cross_entropy import cross_entropy
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Part:
         if self.targets.dim() == 2:
             nll = F.binary_cross_entropy_with_logits(self.logits.float(), self.targets, reduction="none").sum(1)
         else:
-            nll = F.cross_entropy(self.logits.float(), self.targets, reduction="none", label_smoothing=label_smoothing)
+            nll = cross_entropy(self.logits, self.targets, label_smoothing)
         return nll if self.weights is None else nll * self.weights
 
     def log_probabilities(self) -> torch.Tensor:
