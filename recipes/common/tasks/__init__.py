@@ -41,7 +41,7 @@ class Task:
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
     metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside the loss, of all dev rows
     per_token: bool = True  # whether the loss is that of tokens, so that its exponential is a perplexity
-    config: dict = field(default_factory=dict)  # what the model's config must say: its labels
+    config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
     window: int | None = None  # tokens the model can read, if it says so
@@ -53,7 +53,7 @@ class Task:
 
     def load_model(self):
         """The model that training starts from."""
-        model = models.load(self.source, self.auto_class, pad_token_id=self.tokenizer.pad_token_id, **self.config | self.dropout)
+        model = models.load(self.source, self.auto_class, **self.config | self.dropout)
         if self.generation:
             model.generation_config = self.generation
         return model
@@ -155,6 +155,7 @@ def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
     shared.max_length = shared.max_length or min(kind.MAX_LENGTH, window or kind.MAX_LENGTH)
     task = kind.make(shared, source, tokenizer, facts)
     task.window = window
+    task.config["pad_token_id"] = tokenizer.pad_token_id  # heads on top of a decoder look for the last token before the padding
     if shared.model_dropout is not None:
         found = regularize.dropouts(models.config(source))
         if not found:
