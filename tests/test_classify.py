@@ -33,7 +33,7 @@ def task_for(folder, rows=ROWS, **options):
     own = classify.rows(rows, shared)
     source = models.resolve(str(folder))
     shared.max_length = shared.max_length or 64
-    return classify.make(shared, source, models.load_tokenizer(source), classify.facts(own, shared))
+    return tasks._make(classify, shared, source, models.load_tokenizer(source), classify.facts(own, shared))
 
 
 # Rows
