@@ -16,9 +16,9 @@ from recipes.common.errors import UserError
 from recipes.common.trainer import dataset_outputs
 
 ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS}
-METHODS = ("full", "lora", "prefix", "adapter")
+METHODS = ("full", "lora", "adalora", "prefix", "adapter")
 # What a method trains, beside the new head of a task that has one.
-OWN = {"full": r".*", "lora": r".*\.lora_[AB]\.default\.weight", "prefix": r"prompt_encoder\.default\..*",
+OWN = {"full": r".*", "lora": r".*\.lora_[AB]\.default\.weight", "adalora": r".*\.lora_[ABE]\.default", "prefix": r"prompt_encoder\.default\..*",
        "adapter": r".*\.bottleneck_(down|up)\.default\.(weight|bias)"}
 HEAD = r".*\b(classifier|score)\.modules_to_save\.default\..*"
 WORKS = {"chat": ("gpt2", "llama"), "classify": ("bert", "gpt2", "llama"), "tag": ("bert", "gpt2", "llama"),

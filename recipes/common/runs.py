@@ -114,6 +114,7 @@ def finish(trainer, task, shared, method) -> None:
         "peak_memory_mb": peak_memory_mb(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "metrics": {f"dev_{key[5:]}": value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(SPEED)},
+        **({"method_report": task.method_report} if task.method_report else {}),
         **({"lineage": task.lineage} if task.lineage else {}),
         **({"forgetting": trainer.forgetting} if trainer.forgetting else {}),
         "method_arguments": asdict(method),
