@@ -18,6 +18,8 @@ VARIANTS = {
     "prefix": ("prefix",),
     "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
     "adapter": ("adapter", "--dropout", "0.1"),
+    "adalora": ("adalora", "--init_rank", "4", "--target_rank", "2", "--every", "1", "--last_share", "0.2"),
+    "adalora-final": ("adalora", "--init_rank", "4", "--target_rank", "2", "--every", "1", "--last_share", "0.5"),
     "full": ("full",),
     "full-top": ("full", "--train_top_layers", "1"),
 }
