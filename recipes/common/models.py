@@ -136,6 +136,7 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
     for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
+    model.drawn_at_random = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
