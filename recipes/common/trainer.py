@@ -69,8 +69,10 @@ class RecipeTrainer(Trainer):
         return result
 
     def _scores_on_old_rows(self) -> dict[str, float]:
-        # predict() and not evaluate(): early stopping listens to every evaluation.
-        scores = self.predict(self.task.old, metric_key_prefix="old").metrics
+        # predict() and not evaluate(): early stopping listens to every evaluation. It draws a random number, for a seed of the loader,
+        # which must not change the training.
+        with torch.random.fork_rng(devices=[]):
+            scores = self.predict(self.task.old, metric_key_prefix="old").metrics
         seconds = ("_runtime", "_per_second", "_time")
         return {name.removeprefix("old_"): value for name, value in scores.items() if not name.endswith(seconds)}
 
