@@ -164,8 +164,6 @@ def _write(name, model, task, rows, record, options) -> tuple[list[str], int]:
                                         options.num_beams)
         texts = iter(texts)
         return [next(texts) if ids is not None else "" for ids in prompts], cut
-    if isinstance(model, losses.Ensemble):
-        raise UserError("several --run: encoder-decoders don't write together yet; score them one by one")
     sources = [task.tokenizer((flags["source_prefix"] or "") + row["source"], truncation=True, max_length=task.max_length)["input_ids"]
                for row in rows]
     return generation.write(model, task.tokenizer, sources, generation.right_pad, options.max_new_tokens, options.batch_size,
