@@ -14,9 +14,6 @@ from recipes.common import args
 from recipes.common.args import option, trainer_option
 from recipes.common.errors import UserError
 
-# A new head is trained whole. PEFT leaves it out of all-linear by itself for SEQ_CLS, but not for TOKEN_CLS.
-HEADS = ["classifier", "score"]
-
 
 @dataclass
 class MethodArguments(args.Method):
@@ -32,11 +29,11 @@ def adapt(model, task, method, training):
     """Freeze `model` and add the update. Returns the wrapped model and the Trainer callbacks that it needs."""
     from peft import LoraConfig, get_peft_model
 
-    from recipes.common import fast_lora
+    from recipes.common import fast_lora, models
 
     targets = method.target_modules if method.target_modules == "all-linear" else method.target_modules.split(",")
     config = LoraConfig(task_type=task.peft_type, r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
-                        target_modules=targets, exclude_modules=HEADS if task.peft_type == "TOKEN_CLS" else None)
+                        target_modules=targets, exclude_modules=models.new_heads(task.peft_type))
     try:
         return fast_lora.speed_up(get_peft_model(model, config)), []
     except ValueError as error:  # PEFT's own sentence names the modules that it did not find

@@ -18,6 +18,8 @@ VARIANTS = {
     "prefix": ("prefix",),
     "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
     "adapter": ("adapter", "--dropout", "0.1"),
+    "adalora": ("adalora", "--init_rank", "4", "--target_rank", "2", "--every", "1", "--last_share", "0.2"),
+    "adalora-final": ("adalora", "--init_rank", "4", "--target_rank", "2", "--every", "1", "--last_share", "0.5"),
     "full": ("full",),
     "full-top": ("full", "--train_top_layers", "1"),
 }
@@ -167,7 +169,8 @@ def test_the_best_checkpoint_is_restored_exactly(variant, tiny, write_jsonl, tmp
     # Learning English makes Chinese less likely: the dev loss rises before the end.
     for split, row in (("train", DIALOGUES[0]), ("dev", DIALOGUES[3])):
         write_jsonl([row] * 11, f"{split}.jsonl")
-    flags = (*own, *STEPS, "--load_best_model_at_end", "True", "--learning_rate", "0.05", "--lr_scheduler_type", "constant")
+    flags = (*own, *STEPS, "--load_best_model_at_end", "True", "--lr_scheduler_type", "constant",
+             "--learning_rate", "0.5" if recipe == "adalora" else "0.05")  # E starts at zero and meets A and B at their first size
     trainer = run_recipe(recipe, tiny("gpt2"), tmp_path, tmp_path / "run", *flags, trainer_class=Remembers)
     scores = {step: loss for step, loss in curve(trainer, "eval_loss").items() if step in trainer.at}
     best = min(scores, key=scores.get)

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "bottleneck": set(),
     "fast_lora": set(),
+    "rank_allocation": set(),
     "report": set(),
     "augment": {"errors"},
     "chat": {"errors"},

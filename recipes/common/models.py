@@ -157,6 +157,14 @@ def own_generation_config(source: Source) -> GenerationConfig:
     return own
 
 
+def new_heads(peft_type: str | None) -> list[str] | None:
+    """Names of the head that a task puts on a model, for methods that wrap every matrix: PEFT trains a new head whole.
+
+    For sequence classification PEFT leaves the head out by itself.
+    """
+    return ["classifier", "score"] if peft_type == "TOKEN_CLS" else None
+
+
 def train_top_layers(model, count: int) -> None:
     """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
 

@@ -7,24 +7,29 @@ from peft import PeftModel, prompt_embeddings_from_past_key_values
 
 
 @torch.no_grad()
-def start_from_tokens(model: PeftModel, input_ids: list[int]) -> None:
+def start_from_tokens(model: PeftModel, input_ids: list[int]) -> bool:
     """Set the new prefix of `model` to the keys and values that its frozen network computes for `input_ids`, one token a position.
 
-    Raises ValueError when there are fewer tokens than positions. Behind a projection, its last layer is solved for that prefix: exactly
-    where the projection is at least as wide as the prefix is long, else as the least-squares fit.
+    False, and nothing is set, for a network that does not keep them for what follows: encoders and encoder-decoders. Raises ValueError
+    when there are fewer tokens than positions. Behind a projection, its last layer is solved for that prefix: exactly where the
+    projection is at least as wide as the prefix is long, else as the least-squares fit.
     """
     config, encoder = model.peft_config[model.active_adapter], model.prompt_encoder[model.active_adapter]
     length = config.num_virtual_tokens
     ids = torch.tensor([input_ids[:length]], device=model.device)
     if ids.shape[1] < length:
         raise ValueError(f"a prefix of {length} positions can't start from {ids.shape[1]} tokens")
-    cache = model.get_base_model()(input_ids=ids, use_cache=True).past_key_values
+    backbone = model.get_base_model().base_model  # below any head, which may not hand the cache on
+    cache = None if backbone.config.is_encoder_decoder else getattr(backbone(input_ids=ids, use_cache=True), "past_key_values", None)
+    if cache is None:
+        return False
     wanted = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=length)  # (positions, 2 x layers x key width)
     if not config.prefix_projection:
         encoder.load_prompt_embeddings(wanted)
-        return
+        return True
     narrow, activation, wide = encoder.transform
     hidden = activation(narrow(encoder.embedding.weight))  # (positions, projection_hidden_size)
     wide.bias.zero_()
     # The smallest weights W with hidden @ W.T = wanted; in fp64, as the inverse of a wide matrix magnifies rounding.
     wide.weight.copy_((torch.linalg.pinv(hidden.double()) @ wanted.double()).T)
+    return True

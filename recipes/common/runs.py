@@ -60,6 +60,16 @@ def _use_all_cores(training) -> None:
         print(f"note: accelerate launch allows a lone process one thread; on this CPU it uses {cores}")
 
 
+def steps(rows: int, training) -> int:
+    """The optimizer steps that the Trainer will take on `rows` train rows; known before there is a Trainer."""
+    if training.max_steps > 0:
+        return training.max_steps
+    divide = math.floor if training.dataloader_drop_last else math.ceil
+    batches = divide(divide(rows / training.train_batch_size) / training.world_size)
+    each = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    return math.ceil(training.num_train_epochs * each)
+
+
 def checkpoint(training) -> str | None:
     """The checkpoint to resume from: the one named, or the newest of the run folder; None to start at the beginning."""
     asked = training.resume_from_checkpoint
@@ -114,6 +124,7 @@ def finish(trainer, task, shared, method) -> None:
         "peak_memory_mb": peak_memory_mb(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "metrics": {f"dev_{key[5:]}": value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(SPEED)},
+        **({"method_report": task.method_report} if task.method_report else {}),
         **({"lineage": task.lineage} if task.lineage else {}),
         **({"forgetting": trainer.forgetting} if trainer.forgetting else {}),
         "method_arguments": asdict(method),

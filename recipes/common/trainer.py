@@ -155,8 +155,10 @@ class RecipeTrainer(Trainer):
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name, sharing memory with the model."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """The parameters that are trained, and the buffers that a method named kept_... to find them again after a resume; by name,
+    sharing memory with the model."""
+    kept = {name: b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("kept_")}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | kept
 
 
 def load_trained(folder: Path, model: PeftModel) -> None:

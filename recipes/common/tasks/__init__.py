@@ -49,6 +49,7 @@ class Task:
     dev: Dataset = None
     old: Dataset = None  # rows on which forgetting is measured
     lineage: list[dict] = field(default_factory=list)  # the runs that this one goes on from, the first one first
+    method_report: dict = field(default_factory=dict)  # what a method has to say after the training
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
 
     def load_model(self):

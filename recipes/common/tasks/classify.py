@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from recipes.common import data, evaluation, losses, metrics
+from recipes.common import data, evaluation, losses, metrics, models
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task, flags
@@ -59,15 +59,17 @@ def facts(rows, shared) -> dict:
 
 def make(shared, source, tokenizer, facts) -> Task:
     """The task for this model."""
+    if models.kind(source) == "encoder-decoder":
+        raise UserError(f"--task classify: {source.used} is an encoder-decoder; use an encoder (minilm) or a decoder-only model")
     names = list(facts["labels"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    kind = "multi_label_classification" if shared.multi_label else "single_label_classification"
+    problem = "multi_label_classification" if shared.multi_label else "single_label_classification"
     return Task("classify", "SEQ_CLS", AutoModelForSequenceClassification, source, tokenizer, shared.max_length,
                 encode=partial(encode, tokenizer=tokenizer, shared=shared, labels=facts["labels"]),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.rows, outputs=lambda parts: (parts[0].logits.float(),),
                 metrics=partial(dev_metrics, shared=shared), per_token=False,
-                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": kind})
+                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": problem})
 
 
 def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,

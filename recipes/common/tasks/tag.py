@@ -52,6 +52,8 @@ def facts(rows, shared) -> dict:
 
 def make(shared, source, tokenizer, facts) -> Task:
     """The task for this model. Raises `UserError` for a tokenizer that does not say which word a token is from."""
+    if models.kind(source) == "encoder-decoder":
+        raise UserError(f"--task tag: {source.used} is an encoder-decoder; use an encoder (minilm) or a decoder-only model")
     if not tokenizer.is_fast:
         raise UserError(f"{source.used} has no tokenizer.json, which says which word a token is from: choose another model")
     if tokenizer.pad_token is None:
@@ -61,7 +63,7 @@ def make(shared, source, tokenizer, facts) -> Task:
                 encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length, labels=names,
                                last=models.kind(source) == "decoder"),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.words, outputs=_likeliest,
-                metrics=partial(dev_metrics, names=names),
+                metrics=partial(dev_metrics, names=names), per_token=False,
                 config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
 
 

@@ -1,0 +1,90 @@
+"""AdaLoRA: the budget is met, ranks differ, what is saved is what was trained, and the planned steps are the Trainer's."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DIALOGUES
+from test_methods import run_recipe
+from transformers import AutoModelForCausalLM
+
+from recipes.common import models, rank_allocation, runs
+from recipes.common.errors import UserError
+
+FLAGS = ("--init_rank", "4", "--target_rank", "2", "--every", "1", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no",
+         "--load_best_model_at_end", "False", "--learning_rate", "0.01", "--per_device_train_batch_size", "1", "--max_steps", "10")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "dev"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DIALOGUES), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adalora") / "run"
+    return folder, run_recipe("adalora", tiny("llama"), data, folder, *FLAGS)
+
+
+def callback(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, rank_allocation.AllocateRanks))
+
+
+def test_ranks_differ_and_the_budget_is_met_exactly(finished):
+    ranks = callback(finished[1]).ranks()
+    assert len(ranks) == 14 and sum(ranks.values()) == 2 * 14 and len(set(ranks.values())) > 1
+    pattern = json.loads((finished[0] / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"]
+    assert sorted(map(sum, pattern.values())) == sorted(ranks.values())
+
+
+def test_without_the_callback_it_would_be_plain_lora(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_allocation.AllocateRanks, "on_optimizer_step", lambda *args, **kwargs: None)
+    trainer = run_recipe("adalora", tiny("llama"), data, tmp_path / "run", *FLAGS)
+    assert set(callback(trainer).ranks().values()) == {4}
+
+
+@torch.no_grad()
+def test_saved_loaded_and_merged_give_equal_logits(finished, tiny):
+    folder, trainer = finished
+    ids = torch.arange(5, 25)[None]
+    trained = trainer.model.eval()(input_ids=ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny("llama"))(input_ids=ids).logits
+    assert (trained - base).abs().max() > 1e-2
+    torch.testing.assert_close(models.load_run(folder)(input_ids=ids).logits, trained, atol=1e-5, rtol=0)
+    torch.testing.assert_close(models.load_run(folder, merge=True)(input_ids=ids).logits, trained, atol=1e-5, rtol=0)
+
+
+def test_the_orthogonality_term_has_its_closed_form_gradient():
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    distance = rank_allocation._distance_to_orthogonal(rows)
+    gradient, = torch.autograd.grad(distance, rows)
+    error = rows @ rows.T - torch.eye(3)
+    torch.testing.assert_close(gradient, 2 * error @ rows / distance)
+    assert rank_allocation._distance_to_orthogonal(torch.eye(3, 8)) == 0
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--max_steps", "3"), ("--per_device_train_batch_size", "3"), ("--gradient_accumulation_steps", "3"),
+    ("--num_train_epochs", "2.5", "--gradient_accumulation_steps", "2"), ("--per_device_train_batch_size", "3", "--dataloader_drop_last")])
+def test_planned_steps_are_the_trainers(flags, tiny, data, tmp_path):
+    own = ("--per_device_train_batch_size", "1", "--num_train_epochs", "2")
+    trainer = run_recipe("lora", tiny("llama"), data, tmp_path / "run", *own, *flags)
+    assert runs.steps(len(trainer.train_dataset), trainer.args) == trainer.state.max_steps
+
+
+@pytest.mark.parametrize("processes, steps", [(1, 10), (2, 6), (3, 4)])  # 10 rows; the last round is filled up
+def test_planned_steps_of_several_processes(processes, steps):
+    training = SimpleNamespace(max_steps=-1, dataloader_drop_last=False, train_batch_size=2, world_size=processes,
+                               gradient_accumulation_steps=1, num_train_epochs=2)
+    assert runs.steps(10, training) == steps
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--target_rank", "4"), "--target_rank 4"), (("--first_share", "0.8"), "--first_share 0.8"), (("--max_steps", "1"), "too few")])
+def test_refused(flags, words, tiny, data, tmp_path):
+    with pytest.raises(UserError, match=words):
+        run_recipe("adalora", tiny("llama"), data, tmp_path / "run", *FLAGS, *(("--last_share", "0.3") if "0.8" in flags else ()), *flags)
