@@ -20,6 +20,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from recipes.common import args, errors
 from recipes.common.errors import UserError
 
+READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix")  # flags that say what a model is asked
+
 
 def main():
     errors.install()
@@ -39,17 +41,20 @@ def main():
     tokenizer = models.load_run_tokenizer(run)
     task = tasks.of_run(record, tokenizer)
     # Functions, so that one model at a time is in memory.
-    names = {run: record["recipe"]} | {other: other.name for other in others}
-    candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True) for folder, name in names.items()}
+    names = member_names([run, *others]) if others else [record["recipe"]]
+    candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True)
+                  for name, folder in zip(names, (run, *others), strict=True)}
     if others:
         check_members(run, others, tokenizer, record)
         candidates["ensemble"] = partial(join, list(candidates.values()))
-        label = "+".join([label, *(other.name for other in others)])
+        label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
     if options.base and kind.UNTUNED_SCORES:
         candidates = {f"{used} (untuned)": partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
     print(f"{len(rows)} {kind.UNIT} from {source}")
     scores = kind.evaluate(candidates, task, rows, record, options)
     scores["source"] = source
+    if others and "dev_oos_threshold" in record["metrics"]:
+        scores["notes"].append(f"the probability below which a row is turned away is that of {run}, for every model")
     scores["signature"] += f", {str(dtype).removeprefix('torch.')}"
     evaluation.print_table(scores)
     evaluation.print_samples(scores)
@@ -73,9 +78,15 @@ def join(loaders):
     return Ensemble([load() for load in loaders])
 
 
+def member_names(folders: list[Path]) -> list[str]:
+    """A name for each run: that of its folder, or the whole path where two would be called the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len({*names, "ensemble"}) > len(names) else [str(folder.resolve()) for folder in folders]
+
+
 def check_members(run: Path, others: list[Path], tokenizer, record: dict) -> None:
     """Raise `UserError` unless all runs do the same task with the same tokens and labels, so that their probabilities can be averaged."""
-    from recipes.common import models
+    from recipes.common import models, tasks
 
     if len({path.absolute().resolve() for path in (run, *others)}) <= len(others):
         raise UserError("--run: the same run is named twice")
@@ -88,6 +99,9 @@ def check_members(run: Path, others: list[Path], tokenizer, record: dict) -> Non
             raise UserError(f"--run {other} and {run} have different tokens or chat templates: they can't answer together")
         if list(theirs["data"].get("labels", [])) != list(record["data"].get("labels", [])):
             raise UserError(f"--run {other} and {run} know different labels: they can't answer together")
+        for flag in READ_ALIKE:
+            if getattr(tasks.flags(theirs), flag) != getattr(tasks.flags(record), flag):
+                raise UserError(f"--run {other} and {run} were trained with different --{flag}: they can't answer together")
 
 
 def parse(argv=None):
@@ -107,7 +121,10 @@ def parse(argv=None):
                         help="what to compute in (default: bfloat16 where the hardware has it)")
     parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.num_beams > 1 and len(options.run) > 1:
+        parser.error("--num_beams: several runs write together greedily; leave it out")
+    return options
 
 
 def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:

@@ -1,19 +1,24 @@
-"""Going on from a finished run, replay with forgetting measured, and several runs that answer together."""
+"""Going on from a finished run, and replay with forgetting measured."""
 
+import hashlib
+import importlib
 import json
 import shutil
+import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import DIALOGUES
 from test_classify import ROWS
 from test_cli import call
-from test_generation import make_prompts
 from test_methods import VARIANTS, logits, run_recipe
+from test_resume import STEPS as TWELVE_STEPS
+from test_resume import Interrupted, Killed, curve, same, trained
 
-from recipes.common import generation, losses, models
+from recipes.common import models, runs
+from recipes.common import trainer as trainer_module
 from recipes.common.errors import UserError
+from recipes.common.trainer import RecipeTrainer
 
 SHORT = ("--max_steps", "2", "--learning_rate", "0.01", "--load_best_model_at_end", "False", "--eval_strategy", "no",
          "--save_strategy", "no")
@@ -50,16 +55,12 @@ def parent(tiny, data, tmp_path_factory):
     return make
 
 
-def go_on(recipe, start, data, out, *flags):
+def go_on(recipe, start, data, out, *flags, trainer_class=RecipeTrainer):
     """A run with --start_from, which excludes --model: the recipe's main() without run_recipe's own."""
-    import importlib
-    import sys
-
-    from recipes.common import runs
-
     seen, finish = [], runs.finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "finish", lambda trainer, *rest: (seen.append(trainer), finish(trainer, *rest)))
+        patch.setattr(trainer_module, "RecipeTrainer", trainer_class)
         patch.setattr(sys, "argv", [f"recipes/{recipe}.py", "--start_from", str(start), "--data", str(data), "--output_dir", str(out),
                                     "--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True", *flags])
         importlib.import_module(f"recipes.{recipe}").main()
@@ -106,6 +107,11 @@ def test_what_does_not_go_on_is_refused(recipe, flags, wrong, parent, data, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_without_a_run_is_told_by_its_own_flag(data, tmp_path):
+    with pytest.raises(UserError, match="^--start_from .*nowhere: no run.json there"):
+        go_on("lora", tmp_path / "nowhere", data["first"], tmp_path / "run", *SHORT)
+
+
 def test_labels_are_those_of_the_run_that_is_continued(tiny, tmp_path, write_jsonl):
     first = write_jsonl(ROWS, "first.jsonl")
     run_recipe("full", tiny("bert"), first, tmp_path / "first", "--task", "classify", *SHORT)
@@ -115,6 +121,9 @@ def test_labels_are_those_of_the_run_that_is_continued(tiny, tmp_path, write_jso
     more = write_jsonl([*ROWS, *({"text": "Will it rain?", "label": "weather"} for _ in range(3))], "more.jsonl")
     with pytest.raises(UserError, match="its labels do not include 'weather'"):
         go_on("full", tmp_path / "first", more, tmp_path / "three", "--task", "classify", *SHORT)
+    several = write_jsonl([row | {"label": [row["label"]]} for row in ROWS], "several.jsonl")
+    with pytest.raises(UserError, match="first was trained without --multi_label"):
+        go_on("full", tmp_path / "first", several, tmp_path / "three", "--task", "classify", "--multi_label", *SHORT)
 
 
 # Replay
@@ -145,63 +154,60 @@ def test_replay_needs_a_share(words, tiny, data, tmp_path):
         run_recipe("full", tiny("gpt2"), data["first"], tmp_path / "run", *words, *SHORT)
 
 
-# Ensembles
+def test_max_train_samples_counts_the_mixture_and_keeps_its_shares(tiny, tmp_path, write_jsonl):
+    """The first N rows would be new ones only."""
+    old, new = write_jsonl(DIALOGUES * 5, "old.jsonl"), write_jsonl(DIALOGUES[:2] * 8, "new.jsonl")
+    run_recipe("full", tiny("llama"), new, tmp_path / "run", "--replay", f"{old}:0.25", "--max_train_samples", "8", *SHORT)
+    record = read(tmp_path / "run")
+    train, replayed = record["data"]["splits"]["train"], record["data"]["replay"]
+    assert train["rows"] == 8 and "2 of 18 rows" in train["notes"][-1] and train["notes"][-1].endswith("to 6")
+    assert replayed["added"] == 2 and replayed["rows"] == 18 and replayed["sha256"] == hashlib.sha256(old.read_bytes()).hexdigest()
 
 
-def test_the_mean_of_probabilities():
-    def part(values, targets):
-        return losses.Part(torch.tensor(values), torch.tensor(targets), torch.ones(1, 1, dtype=torch.bool))
-
-    [mean] = losses.average([[part([[2.0, 0.0, 1.0]], [1])], [part([[0.0, 3.0, 1.0]], [1])]])
-    expected = (torch.tensor([2.0, 0.0, 1.0]).softmax(0) + torch.tensor([0.0, 3.0, 1.0]).softmax(0)) / 2
-    torch.testing.assert_close(mean.logits.softmax(-1)[0], expected)
-    [mean] = losses.average([[part([[2.0]], [[1.0]])], [part([[-1.0]], [[1.0]])]])
-    torch.testing.assert_close(mean.logits.sigmoid()[0, 0], (torch.tensor(2.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", ["base", "lora", "prefix"])
-def test_a_model_and_itself_write_what_it_writes_alone(kind, method):
-    from test_generation import make
-
-    model, tokenizer = make(kind, method)
-    prompts = make_prompts(tokenizer)
-    alone = generation.replies(model, tokenizer, prompts, 10)
-    assert generation.replies(losses.Ensemble([model, model]), tokenizer, prompts, 10, batch_size=3) == alone
-    assert len(set(alone[0])) > 1
+def test_too_few_old_rows_and_bad_ones_are_told(tiny, data, tmp_path, write_jsonl, capsys):
+    old = write_jsonl([*DIALOGUES[2:] * 2, {"messages": "none"}], "old.jsonl")
+    own = ("--replay", f"{old}:0.9", *SHORT)
+    with pytest.raises(UserError, match="old.jsonl, row 5"):
+        run_recipe("full", tiny("llama"), data["first"], tmp_path / "run", *own)
+    run_recipe("full", tiny("llama"), data["first"], tmp_path / "run", *own, "--on_bad_row", "skip")
+    train = read(tmp_path / "run")["data"]["splits"]["train"]
+    assert "3 of 3 rows" in train["notes"][-1] and "as there are no 18" in train["notes"][-1]
+    assert [str(old) in sentence and "row 5" in sentence for sentence in train["bad_rows"]] == [True]
+    assert f"skipped {old}, row 5" in capsys.readouterr().out
 
 
-def test_two_models_write_by_the_mean_of_their_probabilities():
-    from test_generation import make
-
-    (one, tokenizer), (other, _) = make("llama", "lora"), make("llama", "prefix")
-    prompt = make_prompts(tokenizer)[0]
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(6):
-            step = torch.tensor([ids])
-            both = [model(input_ids=step, attention_mask=torch.ones_like(step)).logits[0, -1].softmax(-1) for model in (one, other)]
-            ids.append(int((both[0] + both[1]).argmax()))
-    expected = tokenizer.decode(ids[len(prompt):], skip_special_tokens=True).strip()
-    texts, _ = generation.replies(losses.Ensemble([one, other]), tokenizer, [prompt], 6)
-    assert texts == [expected]
+@pytest.mark.parametrize("words", [("--replay", "no-such.jsonl:0.2"), ("--measure_forgetting", "no-such.jsonl")])
+def test_a_source_of_old_rows_that_is_not_there_is_told_by_its_own_flag(words, tiny, data, tmp_path):
+    with pytest.raises(UserError, match=f"^{words[0]} no-such.jsonl: no such file"):
+        run_recipe("full", tiny("gpt2"), data["first"], tmp_path / "run", *words, *SHORT)
 
 
-def test_evaluate_takes_several_runs(parent, data, tmp_path):
-    one, other = shutil.copytree(parent("lora")[0], tmp_path / "one"), shutil.copytree(parent("prefix")[0], tmp_path / "other")
-    result = call("scripts/evaluate.py", "--run", one, "--run", other, "--max_new_tokens", "4", "--dtype", "float32")
-    assert result.code == 0, result.err
-    [(label, scores)] = read(one)["evaluation"].items()
-    assert label == "test+other" and {row["model"] for row in scores["table"]} == {"lora", "other", "ensemble"}
+def test_measuring_changes_nothing(tiny, data, tmp_path):
+    """GPT-2 has dropout, so that a training tells whether random numbers were drawn before it."""
+    flags = ("--measure_forgetting", str(data["second"]))
+    runs = [run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / f"run{i}", *own, *SHORT) for i, own in enumerate([(), flags])]
+    assert same(trained(runs[0].model), trained(runs[1].model))
+
+
+def test_forgetting_is_the_loss_of_the_model_before_and_after(tiny, data, tmp_path):
+    run_recipe("full", tiny("llama"), data["first"], tmp_path / "run", "--measure_forgetting", str(data["second"]), *SHORT)
+    measured = read(tmp_path / "run")["forgetting"]
+    file = data["second"] / "dev.jsonl"
+    call("scripts/evaluate.py", "--run", tmp_path / "run", "--base", "--data", file, "--dtype", "float32", "--max_new_tokens", "2")
+    [scores] = read(tmp_path / "run")["evaluation"].values()
     loss = {row["model"]: row["values"][0] for row in scores["table"] if row["language"] == "all"}
-    assert loss["ensemble"] <= np.mean([loss["lora"], loss["other"]]) + 1e-6  # the logarithm is concave
-    assert "evaluation" not in read(other)
+    assert list(loss.values()) == pytest.approx([measured["before"]["loss"], measured["after"]["loss"]], rel=1e-5)
 
 
-def test_runs_that_can_not_answer_together(parent, tiny, data, tmp_path, write_jsonl):
-    one = parent("lora")[0]
-    run_recipe("full", tiny("gpt2"), data["first"], tmp_path / "gpt2", *SHORT)
-    run_recipe("full", tiny("bert"), write_jsonl(ROWS), tmp_path / "labels", "--task", "classify", *SHORT)
-    for other, wrong in ((one, "named twice"), (tmp_path / "gpt2", "different tokens"), (tmp_path / "labels", "can't answer together")):
-        result = call("scripts/evaluate.py", "--run", one, "--run", other)
-        assert result.code == 1 and wrong in result.err and "Traceback" not in result.err
+def test_a_run_that_goes_on_resumes_exactly(parent, data, tmp_path):
+    """With old rows replayed and measured: the state before is that of the start, not that of the checkpoint."""
+    folder, _ = parent("lora")
+    flags = ("--replay", f"{data['first']}:0.5", "--max_length", "160", *TWELVE_STEPS, "--max_steps", "12")
+    through = go_on("lora", folder, data["second"], tmp_path / "through", *flags)
+    with pytest.raises(Killed):
+        go_on("lora", folder, data["second"], tmp_path / "killed", *flags, trainer_class=Interrupted)
+    resumed = go_on("lora", folder, data["second"], tmp_path / "killed", *flags, "--resume_from_checkpoint")
+    assert len(curve(through, "loss")) == 12 and curve(resumed, "loss") == curve(through, "loss")
+    assert same(trained(resumed.model), trained(through.model))
+    assert read(tmp_path / "killed")["forgetting"] == read(tmp_path / "through")["forgetting"]
+    assert read(tmp_path / "killed")["lineage"] == read(tmp_path / "through")["lineage"]

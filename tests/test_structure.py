@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
-    "regularize": {"losses"},
+    "regularize": {"errors", "losses"},
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
     "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},

@@ -1,25 +1,43 @@
 """Layer-wise rates, model dropout, adversarial embeddings and R-Drop: what each does to a step, with several methods and models."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
-from conftest import DIALOGUES
+from conftest import DIALOGUES, tiny_config
 from datasets import Dataset
 from test_methods import run_recipe
+from test_resume import STEPS as TWELVE_STEPS
+from test_resume import VARIANTS as RESUMED
+from test_resume import Interrupted, Killed, curve, same, trained
 from test_trainer import METHODS, TASK, collate, make_model, make_rows
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from test_translate import batch_of, task_for
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BloomConfig,
+    GPTNeoXConfig,
+    MambaConfig,
+    TrainingArguments,
+    set_seed,
+)
 
 from recipes.common import args, losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer
 
 
-def trainer_for(model, folder, train=None, **shared):
+def trainer_for(model, folder, train=None, task=TASK, **shared):
     options = {name: shared.pop(name) for name in list(shared) if name not in args.SharedArguments.__dataclass_fields__}
     options = {"learning_rate": 0.1, "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
                "optim": "sgd"} | options
     set_seed(5)
-    return RecipeTrainer(model=model, args=TrainingArguments(output_dir=str(folder), **options), task=TASK, callbacks=[],
-                         shared=args.SharedArguments(**shared), data_collator=collate,
+    return RecipeTrainer(model=model, args=TrainingArguments(output_dir=str(folder), **options), task=task, callbacks=[],
+                         shared=args.SharedArguments(**shared), data_collator=task.collate,
                          train_dataset=Dataset.from_list(train or make_rows(4)))
 
 
@@ -34,11 +52,13 @@ def gradients(trainer, rows, times=1):
 # Learning rates by layer
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.keys() - {"prefix"})
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_each_block_learns_slower_than_the_one_above(kind, method, tmp_path):
     trainer = trainer_for(make_model(kind, method), tmp_path, layer_lr_decay=0.5)
     groups = trainer.create_optimizer().param_groups
+    assert trainer.create_optimizer().param_groups == groups  # a second training of the same trainer goes on with the same rates
+    assert groups[0]["lr"] == max(group["lr"] for group in groups)  # the rate that the log shows
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert rates.keys() == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -48,6 +68,36 @@ def test_each_block_learns_slower_than_the_one_above(kind, method, tmp_path):
         assert rate == pytest.approx(0.1 * 0.5 ** (3 - level)), name
     plain = {p for group in trainer_for(make_model(kind, method), tmp_path).create_optimizer().param_groups for p in group["params"]}
     assert len(plain) == len(rates)
+
+
+BART = {"vocab_size": 50, "d_model": 16, "max_position_embeddings": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+OTHERS = {  # model and where its two blocks (of either side) and its embeddings are
+    "bert": (AutoModelForSequenceClassification, lambda: tiny_config("bert", 50), "bert.encoder.layer.", r"bert\.embeddings"),
+    "t5": (AutoModelForSeq2SeqLM, lambda: tiny_config("t5", 50), "coder.block.", "shared"),
+    "bart": (AutoModelForSeq2SeqLM, lambda: BartConfig(**BART), "coder.layers.", "embed|shared"),
+    "bloom": (AutoModelForCausalLM, lambda: BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2), "transformer.h.", "embed"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_depth_is_that_of_the_model_whatever_its_names(kind):
+    auto_class, config, blocks, embeddings = OTHERS[kind]
+    model = auto_class.from_config(config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    regularize.decay_by_layer(optimizer, model.named_parameters(), 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    seen = set()
+    for name, parameter in model.named_parameters():
+        level = int(name.partition(blocks)[2][0]) + 1 if blocks in name else 0 if re.search(embeddings, name) else 3
+        seen.add(level)
+        assert rates[id(parameter)] == 0.5 ** (3 - level), name
+    assert seen >= {0, 1, 2}
+
+
+def test_rates_by_layer_are_refused_where_nothing_trained_is_in_a_layer(tmp_path):
+    with pytest.raises(UserError, match="--layer_lr_decay: nothing that is trained here belongs to a block"):
+        trainer_for(make_model("gpt2", "prefix"), tmp_path, layer_lr_decay=0.5).create_optimizer()
 
 
 def test_weight_decay_stays_with_its_parameters(tmp_path):
@@ -67,6 +117,14 @@ def test_model_dropout_reaches_every_dropout_of_the_model(tiny, tmp_path, write_
     found = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
     assert found == {0.3}
     assert AutoModelForCausalLM.from_pretrained(tiny("gpt2")).config.resid_pdrop == 0.1
+
+
+def test_model_dropout_is_refused_by_a_model_without_any(tiny, tmp_path, write_jsonl):
+    AutoModelForCausalLM.from_config(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path / "mamba")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(UserError, match="--model_dropout: .*mamba has no dropout"):
+        run_recipe("full", tmp_path / "mamba", write_jsonl(DIALOGUES), tmp_path / "run", "--model_dropout", "0.1")
+    assert not (tmp_path / "run").exists()
 
 
 # R-Drop
@@ -110,6 +168,10 @@ def test_r_drop_adds_the_divergence_of_two_passes(tmp_path):
 def test_r_drop_without_dropout_is_refused(tmp_path):
     with pytest.raises(UserError, match="--model_dropout 0.1"):
         trainer_for(make_model("llama", "lora"), tmp_path, r_drop=1.0)
+    neox = GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    assert neox.classifier_dropout == 0.1  # of a head that this model has not
+    with pytest.raises(UserError, match="--model_dropout 0.1"):
+        trainer_for(AutoModelForCausalLM.from_config(neox), tmp_path, r_drop=1.0)
 
 
 # Adversarial embeddings
@@ -159,6 +221,28 @@ def test_a_disturbance_raises_the_loss_more_than_a_random_one_and_pgd_finds_a_wo
     assert seen["pgd"] > 0.9 * seen["fgm"]
 
 
+@pytest.mark.parametrize("attack", ["fgm", "pgd"])
+def test_an_encoder_decoder_is_disturbed_where_it_reads(attack, tiny, tmp_path):
+    """T5 never calls the table that its two sides share, which get_input_embeddings() gives."""
+    task, passes = task_for(tiny("t5")), []
+    model, (batch, counts) = task.load_model().eval(), batch_of(task)
+    model.train = lambda mode=True: model  # without dropout, so that passes compare
+    trainer = trainer_for(model, tmp_path, task=task, adversarial=attack, adversarial_epsilon=0.3)
+    compute = trainer.compute_loss
+
+    def watched(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        passes.append((loss.item(), trainer.adversary.delta.detach().clone()))
+        return loss
+
+    trainer.compute_loss = watched
+    trainer.training_step(model, batch, torch.tensor(counts["supervised"]))
+    assert len(passes) == (2 if attack == "fgm" else 4)
+    (clean, nothing), (disturbed, delta) = passes[0], passes[-1]
+    assert disturbed > clean and not nothing.any()
+    assert delta.shape == (*batch["input_ids"].shape, 32) and not delta[batch["attention_mask"] == 0].any()
+
+
 def test_frozen_embeddings_stay_as_they_are(tmp_path):
     model = make_model("llama", "lora")
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -166,17 +250,59 @@ def test_frozen_embeddings_stay_as_they_are(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("technique", [{"adversarial": "fgm"}, {"layer_lr_decay": 0.7}], ids=lambda technique: next(iter(technique)))
-def test_a_batch_of_8_still_equals_8_accumulated_rows(technique, tmp_path):
+TECHNIQUES = [{"adversarial": "fgm"}, {"adversarial": "pgd"}, {"layer_lr_decay": 0.7}, {"r_drop": 2.0},
+              {"adversarial": "fgm", "r_drop": 2.0}]
+
+
+def second_pass_differs(trainer):
+    """Dropout that is the same in any batch: every second pass is 0.7 times as sure."""
+    plain, calls = trainer._parts, []
+
+    def parts(model, inputs):
+        [part] = plain(model, inputs)
+        calls.append(part)
+        return [dataclasses.replace(part, logits=part.logits * (0.7 if len(calls) % 2 == 0 else 1.0))]
+
+    trainer._parts = parts
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: "-".join(map(str, technique.values())))
+def test_a_batch_of_8_still_equals_8_accumulated_rows(technique, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.common.trainer._has_dropout", lambda model: True)
     found = []
     for batch, accumulation in ((8, 1), (1, 8)):
         model = make_model("llama", "full")
         trainer = trainer_for(model, tmp_path, train=make_rows(13), per_device_train_batch_size=batch, num_train_epochs=2,
                               gradient_accumulation_steps=accumulation, **technique)
+        if "r_drop" in technique:
+            second_pass_differs(trainer)
         trainer.train()
         found.append({name: p.detach().clone() for name, p in model.named_parameters()})
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_comparison_of_batches_rejects_a_divergence_that_ignores_the_items_of_the_step(tmp_path, monkeypatch):
+    whole = regularize.divergence
+    monkeypatch.setattr(regularize, "divergence", lambda one, other: whole(one, other) / len(one[0].targets))
+    with pytest.raises(AssertionError):
+        test_a_batch_of_8_still_equals_8_accumulated_rows({"r_drop": 50.0}, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("variant", "flags"), [
+    ("lora", ("--adversarial", "fgm", "--r_drop", "1")), ("full", ("--adversarial", "pgd")), ("full", ("--r_drop", "1")),
+    ("lora", ("--layer_lr_decay", "0.5", "--model_dropout", "0.2"))], ids=str)
+def test_interrupted_and_resumed_equals_uninterrupted(variant, flags, tiny, tmp_path, write_jsonl):
+    rows, own = write_jsonl((DIALOGUES * 3)[:12]), ("--dev_fraction", "0.08", *TWELVE_STEPS, *flags)
+    recipe, *extra = RESUMED[variant]
+    through = run_recipe(recipe, tiny("gpt2"), rows, tmp_path / "through", *extra, *own)
+    with pytest.raises(Killed):
+        run_recipe(recipe, tiny("gpt2"), rows, tmp_path / "killed", *extra, *own, trainer_class=Interrupted)
+    resumed = run_recipe(recipe, tiny("gpt2"), rows, tmp_path / "killed", *extra, *own, "--resume_from_checkpoint")
+    assert len(curve(through, "loss")) == 12
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert curve(resumed, key) == curve(through, key)
+    assert same(trained(resumed.model), trained(through.model))
 
 
 @pytest.mark.parametrize(("flags", "words"), [

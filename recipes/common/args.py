@@ -125,7 +125,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     add_fields(parser.add_argument_group("this recipe"), method_class)
     every = parser.add_argument_group("every recipe")
     add_fields(every, SharedArguments, lambda f: not {"task", "group"} & f.metadata.keys())
-    every.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL)")
+    every.add_argument("--output_dir", metavar="DIR", help="the run folder (default: runs/RECIPE-MODEL, or runs/RECIPE-RUN)")
     every.add_argument("-h", "--help", action="help", help="show this text")
     every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
     for kind, title in (("group", "{}"), ("task", "--task {}")):
@@ -143,7 +143,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                 fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False))
                 setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
-    defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.model).name}"
+    defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
     training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
     _check(shared, training, argv)
     method.check(shared, training)

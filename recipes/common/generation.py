@@ -5,10 +5,12 @@ shorter prompts are cut from that reading. Reading is done one dialogue at a tim
 it is bound by memory traffic and a batch costs little more than a single reply.
 """
 
+import math
+
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
 from recipes.common import chat, losses
 from recipes.common.errors import UserError
@@ -34,11 +36,10 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
     """Greedy replies to `prompts` (token ids), in their order, and how many of them were cut at `max_new_tokens`.
 
     The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
-    whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading.
+    whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading; an
+    ensemble writes greedily only.
     """
     if isinstance(model, losses.Ensemble):
-        if num_beams > 1:
-            raise UserError("--num_beams: an ensemble writes greedily; leave it out")
         return _together(model, tokenizer, prompts, max_new_tokens, batch_size, description)
     if num_beams > 1:
         return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
@@ -55,14 +56,17 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
 @torch.inference_mode()
 def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, batch_size: int, num_beams: int,
           description: str) -> tuple[list[str], int]:
-    """Like `replies`, with `model.generate` on batches of similar length: for encoder-decoders (`pad=right_pad`), and with beams."""
+    """Like `replies`, with `model.generate` on batches of similar length: for encoder-decoders (`pad=right_pad`), alone or as an ensemble,
+    and with beams."""
+    model, *others = losses.members(model)
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                                 num_beams=num_beams, max_new_tokens=max_new_tokens)
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
+                                 logits_processor=[_Join(others, ids, mask)] if others else None)
             begun = 1 if losses.network(model).config.is_encoder_decoder else ids.shape[1]  # the start token, or the prompt
             for i, tokens in zip(part, out[:, begun:].tolist(), strict=True):
                 texts[i], unended = _text(tokens, model, tokenizer)
@@ -111,6 +115,27 @@ class _Steps:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         return self.writer(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.past, use_cache=True,
                            logits_to_keep=1).logits[:, -1]
+
+
+class _Join(LogitsProcessor):
+    """Makes the next-token scores of one encoder-decoder, within its `generate`, those of the mean probability of it and of the others.
+
+    What its generation config forbids stays forbidden.
+    """
+
+    def __init__(self, others: list, ids: torch.Tensor, mask: torch.Tensor):
+        self.mask, self.others = mask, []
+        for model in others:
+            network = losses.network(model)
+            read = network.get_encoder()(input_ids=ids, attention_mask=mask)
+            past = model.get_prompt(batch_size=len(ids)) if _prefix_length(model) else EncoderDecoderCache(DynamicCache(), DynamicCache())
+            self.others.append((network, read, past))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = [network(encoder_outputs=read, attention_mask=self.mask, decoder_input_ids=input_ids[:, -1:], past_key_values=past,
+                          use_cache=True).logits[:, -1] for network, read, past in self.others]
+        mean = torch.stack([each.float().log_softmax(-1) for each in (scores, *logits)]).logsumexp(0)
+        return mean.masked_fill(scores == -math.inf, -math.inf)
 
 
 def _text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:

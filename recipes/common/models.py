@@ -272,17 +272,17 @@ def native_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def read_record(run: Path) -> dict:
-    """The run folder's run.json. Raises `UserError`."""
+def read_record(run: Path, flag: str = "--run") -> dict:
+    """The run.json of the run folder that `flag` names. Raises `UserError`."""
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not {"recipe", "model", "data", "shared_arguments", "training_arguments"} <= record.keys():
             raise ValueError("its entries are not those of a run")
         return record
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--run {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
+        raise UserError(f"{flag} {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
     except ValueError as error:
-        raise UserError(f"--run {run}: its run.json is damaged ({error}); train again under a new name") from None
+        raise UserError(f"{flag} {run}: its run.json is damaged ({error}); train again under a new name") from None
 
 
 def _checked_folder(folder: Path) -> Path:

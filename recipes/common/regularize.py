@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import torch
 
+from recipes.common.errors import UserError
 from recipes.common.losses import Part
 
 # What the configs of transformers' models call their dropout probabilities.
 DROPOUTS = ("attention_dropout", "hidden_dropout", "activation_dropout", "dropout", "dropout_rate", "hidden_dropout_prob",
-            "attention_probs_dropout_prob", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
-_BLOCK = re.compile(r"\.(?:layers|layer|h|block)\.(\d+)\.")
-_EMBEDDING = re.compile(r"\b(?:wte|wpe|shared|embed\w*)\b")
+            "attention_probs_dropout_prob", "classifier_dropout", "seq_classif_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+_BLOCK = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
+_EMBEDDING = re.compile(r"\b(?:wte|wpe|shared|\w*embed\w*)\b")
 
 
 def dropouts(config) -> dict[str, float]:
@@ -26,7 +27,8 @@ def decay_by_layer(optimizer, named_parameters, decay: float) -> None:
     """Divide the optimizer's groups by depth: each block learns `decay` times as fast as the one above it.
 
     The head, the final norm and everything that belongs to no block (a prefix) keep the full rate; the embeddings come last (Howard and
-    Ruder, 2018, arXiv:1801.06146; as in ELECTRA's fine-tuning). Call it before the schedule is made.
+    Ruder, 2018, arXiv:1801.06146; as in ELECTRA's fine-tuning). Call it once, before the schedule is made. The fastest group comes first,
+    as the first one's rate is what the Trainer logs. Raises `UserError` where nothing would learn slower.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     blocks = [int(found[1]) for name in names.values() if (found := _BLOCK.search(name))]
@@ -38,12 +40,15 @@ def decay_by_layer(optimizer, named_parameters, decay: float) -> None:
             return int(found[1]) + 1
         return 0 if _EMBEDDING.search(name) and "prompt_encoder" not in name else top
 
+    if all(depth(p) == top for group in optimizer.param_groups for p in group["params"]):
+        raise UserError("--layer_lr_decay: nothing that is trained here belongs to a block of the model, so all of it would learn alike: "
+                        "leave it out")
     groups = []
     for group in optimizer.param_groups:
         for level in sorted({depth(p) for p in group["params"]}):
             groups.append({**group, "params": [p for p in group["params"] if depth(p) == level],
                            "lr": group["lr"] * decay ** (top - level)})
-    optimizer.param_groups = groups
+    optimizer.param_groups = sorted(groups, key=lambda group: -group["lr"])
 
 
 def divergence(one: list[Part], other: list[Part]) -> torch.Tensor:

@@ -49,7 +49,10 @@ class RecipeTrainer(Trainer):
                             "--model_dropout 0.1")
         self.adversary = None
         if shared.adversarial != "none":
-            self.adversary = regularize.Adversary(losses.network(model).get_input_embeddings(), shared.adversarial_epsilon,
+            reader = losses.network(model)
+            if reader.config.is_encoder_decoder:  # what the encoder reads; the table that it shares with the decoder is never called
+                reader = reader.get_encoder()
+            self.adversary = regularize.Adversary(reader.get_input_embeddings(), shared.adversarial_epsilon,
                                                   steps=3 if shared.adversarial == "pgd" else 1)
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
@@ -66,8 +69,10 @@ class RecipeTrainer(Trainer):
         return result
 
     def _scores_on_old_rows(self) -> dict[str, float]:
-        # predict() and not evaluate(): early stopping listens to every evaluation.
-        scores = self.predict(self.task.old, metric_key_prefix="old").metrics
+        # predict() and not evaluate(): early stopping listens to every evaluation. It draws a random number, for a seed of the loader,
+        # which must not change the training.
+        with torch.random.fork_rng(devices=[]):
+            scores = self.predict(self.task.old, metric_key_prefix="old").metrics
         seconds = ("_runtime", "_per_second", "_time")
         return {name.removeprefix("old_"): value for name, value in scores.items() if not name.endswith(seconds)}
 
@@ -99,8 +104,9 @@ class RecipeTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's, its learning rates scaled by --layer_lr_decay."""
+        new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.shared.layer_lr_decay != 1:
+        if self.shared.layer_lr_decay != 1 and new:
             regularize.decay_by_layer(optimizer, self.model.named_parameters(), self.shared.layer_lr_decay)
         return optimizer
 
@@ -234,7 +240,8 @@ def mean_loss(sums: np.ndarray) -> dict[str, float]:
 
 def _has_dropout(model) -> bool:
     modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    return modules or any(regularize.dropouts(losses.network(model).config).values())  # attention drops without a module
+    # Attention drops without a module; a classifier never does, and its probability is set in models that have none (GPT-NeoX).
+    return modules or any(p for name, p in regularize.dropouts(losses.network(model).config).items() if name != "classifier_dropout")
 
 
 def _hold_frozen_in_bf16(model) -> None:

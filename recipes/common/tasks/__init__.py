@@ -77,18 +77,18 @@ def load(shared, training) -> Task:
     splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
-    old = _replay(kind, shared, splits, training.seed)
+    old, replayed = _old_rows(kind, shared, splits["train"], training.seed)
     facts = kind.facts(splits["train"].rows, shared)
     if shared.start_from:
         run = Path(shared.start_from)
-        record = models.read_record(run)
+        record = models.read_record(run, "--start_from")
         source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
         facts = _facts_of_run(record, shared, facts)
     else:
         source = models.resolve(shared.model, shared.fallback_model)
         tokenizer = models.load_tokenizer(source)
     task = _make(kind, shared, source, tokenizer, facts)
-    task.report |= {"max_length": task.max_length, "splits": {}}
+    task.report |= {"max_length": task.max_length, "splits": {}, **replayed}
     if shared.start_from:
         task.lineage = [*record.get("lineage", []), _ancestor(run, record)]
     for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples), ("old", shared.max_eval_samples)):
@@ -105,26 +105,41 @@ def load(shared, training) -> Task:
     return task
 
 
-def _replay(kind, shared, splits: dict, seed: int) -> data.Rows | None:
-    """Mix the rows of --replay into the train rows; returns the dev rows on which forgetting is measured, if any are asked for."""
+def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:
+    """Mix the rows of --replay into the `train` rows. Returns the dev rows on which forgetting is measured, if that is asked for, and what
+    was replayed, for the report.
+
+    --max_train_samples counts the mixture, and leaves its shares as they are.
+    """
     if not (shared.replay or shared.measure_forgetting):
-        return None
-    name, share = shared.measure_forgetting, 0.0
+        return None, {}
+    flag, name, share = "--measure_forgetting", shared.measure_forgetting, 0.0
     if shared.replay:
+        flag = "--replay"
         name, _, text = shared.replay.rpartition(":")
         share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
         if not name or not 0 < share < 1:
             raise UserError(f"--replay {shared.replay}: give the share of old rows after a colon, between 0 and 1, as in old.jsonl:0.2")
-    found = data.load(name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns)
+    try:
+        found = data.load(name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns)
+    except UserError as error:
+        raise UserError(str(error).replace("--data", flag, 1)) from error
     for split in found.values():
         split.rows = kind.rows(split.rows, shared)
-    if share:
-        train, wanted = splits["train"], round(share / (1 - share) * len(splits["train"].rows))
-        drawn = random.Random(seed).sample(found["train"].rows, min(wanted, len(found["train"].rows)))
-        train.notes.append(f"replay: {len(drawn)} of {len(found['train'].rows)} rows of {name} added to {len(train.rows)}"
-                           + (f", as there are no {wanted}" if len(drawn) < wanted else ""))
-        train.rows = train.rows + drawn
-    return found["dev"]
+    if not share:
+        return found["dev"], {}
+    pool, limit = found["train"], shared.max_train_samples
+    if limit:
+        train.rows = train.rows[: max(1, round((1 - share) * limit))]
+    wanted = round(share / (1 - share) * len(train.rows))
+    if limit:
+        wanted = min(wanted, limit - len(train.rows))
+    drawn = random.Random(seed).sample(pool.rows, min(wanted, len(pool.rows)))
+    train.notes += [*pool.notes, f"replay: {len(drawn)} of {len(pool.rows)} rows of {name} added to {len(train.rows)}"
+                    + (f", as there are no {wanted}" if len(drawn) < wanted else "")]
+    train.skipped += [f"{name}, {sentence}" for sentence in pool.skipped]
+    train.rows = train.rows + drawn
+    return found["dev"], {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
 
 
 def _facts_of_run(record: dict, shared, facts: dict) -> dict:
@@ -133,6 +148,9 @@ def _facts_of_run(record: dict, shared, facts: dict) -> dict:
         raise UserError(f"--start_from {shared.start_from} was trained for --task {record['task']}, not {shared.task}")
     if "labels" not in facts:
         return facts
+    if flags(record).multi_label != shared.multi_label:
+        raise UserError(f"--start_from {shared.start_from} was trained {'without' if shared.multi_label else 'with'} --multi_label: "
+                        "go on in the same way")
     known = record["data"]["labels"]
     if new := [label for label in facts["labels"] if label not in known]:
         raise UserError(f"--start_from {shared.start_from}: its labels do not include {new[0]!r} of the new rows; a run goes on with the "

@@ -142,10 +142,8 @@ def _encode_dialogue(rows, name, on_bad_row="stop", training=False, *, instructi
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """Loss over the target's tokens, and the target that the model writes, greedily or with --num_beams, against all references.
 
-    Raises `UserError` for encoder-decoders that shall write together, or more tokens than their decoder has positions for.
+    Raises `UserError` for more tokens than an encoder-decoder's decoder has positions for.
     """
-    if len(options.run) > 1 and task.peft_type == "SEQ_2_SEQ_LM":
-        raise UserError("several --run: encoder-decoders don't write together yet; score them one by one")
     features, counts = task.encode(rows, "rows", record["shared_arguments"]["on_bad_row"])
     for sentence in [*counts["refused"].values(), *counts["sentences"]]:
         print(f"note: {sentence}")
