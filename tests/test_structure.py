@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "bottleneck": set(),
     "report": set(),
+    "pii": set(),
     "chat": {"errors"},
     "data": {"errors"},
     "models": {"errors", "chat", "bottleneck"},
