@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "bottleneck": set(),
     "report": set(),
     "pii": set(),
+    "duplicates": set(),
+    "doctor": {"chat", "duplicates", "metrics", "pii"},
     "chat": {"errors"},
     "data": {"errors"},
     "models": {"errors", "chat", "bottleneck"},
