@@ -12,8 +12,8 @@ from recipes.common.duplicates import jaccard, leaks, near_duplicates, row_text,
 
 ENGLISH = "I ordered a coffee grinder two weeks ago and it still has not arrived, so could you please tell me where the parcel is now?"
 CHINESE = "我两周前在你们店里买了一台咖啡机，到现在还没有收到货，麻烦帮我查一下包裹现在到哪里了，谢谢"
-WORDS = ["order", "parcel", "refund", "where", "is", "my", "the", "late", "card", "lost", "please", "cancel", "address", "invoice", "coupon",
-         "订单", "退款", "什么时候", "到账", "快递", "没收到", "请问", "发票"]
+WORDS = ["order", "parcel", "refund", "where", "is", "my", "the", "late", "card", "lost", "please", "cancel", "address", "invoice",
+         "coupon", "订单", "退款", "什么时候", "到账", "快递", "没收到", "请问", "发票"]
 
 
 def dialogue(*contents: str, **columns) -> dict:
@@ -176,7 +176,8 @@ def test_an_impossible_threshold_is_refused(threshold):
 
 
 def test_leaks_by_text_and_by_id():
-    train = [dialogue(ENGLISH, "One moment.", id="a"), dialogue(CHINESE, "稍等", id="b"), dialogue("Hi", "Hello", id="c"), dialogue("x", "y")]
+    train = [dialogue(ENGLISH, "One moment.", id="a"), dialogue(CHINESE, "稍等", id="b"), dialogue("Hi", "Hello", id="c"),
+             dialogue("x", "y")]
     dev = [dialogue("Are you open?", "Yes.", id="d"), dialogue(ENGLISH.upper(), "One  moment.", id="e"), dialogue("Bye", "Bye", id="c")]
     test = [dialogue(CHINESE.replace("两", "三"), "稍等", id="b"), dialogue("Are you open?", "Yes.", id="f"), dialogue("q", "r")]
     found = leaks(train, dev, test).found
