@@ -1,0 +1,280 @@
+"""The data doctor: every finding has a data set that must raise it and one that must not; figures against counts made by hand."""
+
+import json
+import math
+import random
+import re
+
+import pytest
+from conftest import DIALOGUES, ROOT, tiny_tokenizer
+
+from recipes.common import chat, duplicates
+from recipes.common.doctor import Split, balance, bars, examine, histogram, labels_of, length_summary, rendered, report
+
+QUESTIONS = ["Where is my parcel? It should have been here on Monday.", "Can I still change the address of delivery?",
+             "我的退款什么时候到账？", "The lamp I bought last week no longer works.", "请问这件衬衫还有大号的吗？",
+              "Do you open on Sundays as well?"]
+
+
+def dialogue(question: str, answer: str = "One moment, please.", **columns) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **columns}
+
+
+def split(rows: list[dict], first: int = 1, lengths=None, supervised=None) -> Split:
+    return Split(rows, range(first, first + len(rows)), lengths or [20] * len(rows), supervised or [8] * len(rows))
+
+
+def healthy() -> dict[str, Split]:
+    rows = [dialogue(question) for question in QUESTIONS]
+    return {"train": split(rows[:4]), "dev": split(rows[4:5]), "test": split(rows[5:])}
+
+
+def codes(splits: dict[str, Split], max_length: int = 100, **options) -> dict[tuple, tuple]:
+    """(code, split) -> (severity, rows, count) of what is found, without the infos about languages."""
+    _, findings = examine(splits, max_length, **options)
+    return {(f.code, f.split): (f.severity, f.rows, f.count) for f in findings if f.code != "languages"}
+
+
+# Findings
+
+
+def test_healthy_data_has_no_finding_but_its_languages():
+    assert codes(healthy()) == {}
+    _, findings = examine(healthy(), 100)
+    assert [(f.severity, f.code, f.split, f.sentence) for f in findings] == [
+        ("info", "languages", "train", "4 rows in train, by their script: 3 en, 1 zh"),
+        ("info", "languages", "dev", "1 rows in dev, by their script: 1 zh"),
+        ("info", "languages", "test", "1 rows in test, by their script: 1 en"),
+    ]
+
+
+def test_rows_that_are_too_long():
+    splits = healthy() | {"train": split([dialogue(q) for q in QUESTIONS[:4]], 11, lengths=[100, 101, 7, 300])}
+    assert codes(splits) == {("too-long", "train"): ("warning", [12, 14], 2)}
+    assert codes(splits, max_length=300) == {}
+    sentence = next(f.sentence for f in examine(splits, 100)[1] if f.code == "too-long")
+    assert sentence == ("2 of 4 rows in train are longer than --max_length 100, so they lose text or are left out; "
+                        "300 keeps 95 % whole, 300 keeps 99 %, 300 all")
+
+
+def test_rows_without_a_trained_token():
+    splits = healthy() | {"dev": split([dialogue(q) for q in QUESTIONS[4:5]], 3, supervised=[0])}
+    assert codes(splits) == {("nothing-trained", "dev"): ("error", [3], 1)}
+
+
+def test_rare_labels_of_train():
+    rows = [{"text": f"{QUESTIONS[i % 6]} {i} {'好' * i}", "label": "common" if i < 6 else "rare"} for i in range(10)]
+    assert codes({"train": split(rows, 2)}, threshold=1) == {("rare-label", "train"): ("warning", [8, 9, 10, 11], 1)}
+    assert codes({"train": split(rows + [{"text": "one more", "label": "rare"}])}, threshold=1) == {}
+    assert codes({"dev": split(rows)}, threshold=1) == {}, "only train is learned from"
+
+
+def test_a_label_counts_once_a_row():
+    row = dialogue(QUESTIONS[0])
+    row["messages"][0]["intent"] = "status"
+    row["messages"] += row["messages"] * 4
+    assert codes({"train": split([row])})["rare-label", "train"] == ("warning", [1], 1)
+    assert balance([row])["intent"] == {"counts": {"status": 5}, "entropy": 0.0, "most": 0.0, "rare": {"status": 1}}
+
+
+def test_a_single_label():
+    rows = [{"text": q, "label": 1} for q in QUESTIONS]
+    assert codes({"train": split(rows)}) == {("one-label", "train"): ("warning", [], 1)}
+    assert math.copysign(1, balance(rows)["label"]["entropy"]) == 1, "0, not -0"
+
+
+def test_labels_that_train_does_not_have():
+    train = [{"text": q, "label": "ab"[i % 2]} for i, q in enumerate(q + end for q in QUESTIONS for end in ("", " Thank you very much!"))]
+    splits = {"train": split(train), "test": split([{"text": "New!", "label": "c"}, {"text": "Old.", "label": "a"}], 5)}
+    assert codes(splits, threshold=1) == {("unseen-label", "test"): ("warning", [5], 1)}
+    splits["test"] = split([{"text": "New!", "label": "b"}])
+    assert codes(splits, threshold=1) == {}
+
+
+def test_a_language_that_the_text_is_not_in():
+    rows = [dialogue("我的包裹在哪里？", "请稍等", language="en"), dialogue("你好，在吗", "在的", language="zh"),
+            dialogue("Où est mon colis ?", language="fr")]
+    assert codes({"train": split(rows)}) == {("language", "train"): ("warning", [1], 1)}
+
+
+def test_duplicates_within_a_split():
+    long = "I ordered a coffee grinder two weeks ago and it still has not arrived, so where is it?"
+    rows = [dialogue(long), dialogue(QUESTIONS[1]), dialogue(long.upper()), dialogue(long + " Thanks!")]
+    assert codes({"train": split(rows, 4)}) == {
+        ("duplicate", "train"): ("warning", [6], 1), ("near-duplicate", "train"): ("warning", [7], 1)}
+    summary, _ = examine({"train": split(rows, 4)}, 100)
+    figures = summary["splits"]["train"]["duplicates"]
+    assert (figures["exact"], figures["near"], figures["groups"]) == (1, 1, [[4, 6, 7]]) and figures["comparisons"] > 0
+
+
+def test_leaks_are_errors():
+    long = "I ordered a coffee grinder two weeks ago and it still has not arrived, so where is it?"
+    splits = {"train": split([dialogue(long), dialogue(QUESTIONS[1], id="a")], 1), "dev": split([dialogue(QUESTIONS[3], id="a")], 7),
+              "test": split([dialogue(QUESTIONS[2]), dialogue(long), dialogue(long + " Thanks!")], 3)}
+    found = codes(splits)
+    assert found.pop(("near-duplicate", "test")) == ("warning", [5], 1)
+    assert found == {("leak-exact", "test"): ("error", [4], 1), ("leak-near", "test"): ("warning", [5], 1),
+                     ("leak-id", "dev"): ("error", [7], 1)}
+    summary, findings = examine(splits, 100)
+    assert [(leak["split"], leak["row"], leak["of_split"], leak["of_row"], leak["kind"]) for leak in summary["leaks"]["found"]] == [
+        ("dev", 7, "train", 2, "id"), ("test", 4, "train", 1, "exact"), ("test", 5, "train", 1, "near")]
+    assert next(f.sentence for f in findings if f.code == "leak-exact") == (
+        "1 of 3 rows in test stand word for word in train, so scores on test are too good; for example, row 4 of test and row 1 of train")
+
+
+def test_what_was_not_compared_is_told(monkeypatch):
+    rng = random.Random(0)
+    rows = [{"text": QUESTIONS[0] + QUESTIONS[1] + "".join(rng.choices("abcdefgh", k=60))} for _ in range(200)]
+    assert codes({"train": split(rows)}) == {}
+    monkeypatch.setattr(duplicates, "MOST_COMPARED", 3)
+    assert codes({"train": split(rows)})["not-compared", "train"][0] == "info"
+
+
+def test_personal_data_by_kind_with_rows_and_without_the_values():
+    values = ["jo@example.com", "13812345678", "MW204518", "6200000000000005", "11010519491231002X"]
+    rows = [dialogue(QUESTIONS[0]), dialogue(f"我是{values[0]}和{values[0]}，手机{values[1]}", f"订单{values[2]}"),
+            dialogue(f"卡{values[3]}"),
+            {"messages": [{"role": "system", "content": f"身份证{values[4]}"}, *dialogue("在吗？")["messages"]]}]
+    assert codes({"train": split(rows, 2)}) == {
+        ("personal-email", "train"): ("warning", [3], 1), ("personal-phone", "train"): ("warning", [3], 1),
+        ("personal-order", "train"): ("info", [3], 1), ("personal-bank-card", "train"): ("warning", [4], 1),
+        ("personal-id-card", "train"): ("warning", [5], 1)}
+    summary, findings = examine({"train": split(rows, 2)}, 100)
+    assert summary["splits"]["train"]["personal_data"]["EMAIL"] == {"places": 2, "rows": [3]}
+    shown = json.dumps(summary, ensure_ascii=False) + report(summary, findings)
+    assert not [value for value in values if value in shown], "a report is pasted into tickets and logs"
+    assert ("personal-order", "train") not in codes({"train": split(rows, 2)}, orders=[])
+
+
+@pytest.mark.parametrize("row", [
+    {"text": "mail jo@example.com"}, {"source": "Hi", "target": "jo@example.com"}, {"tokens": ["jo@example.com"]},
+])
+def test_personal_data_in_rows_of_other_tasks(row):
+    assert codes({"train": split([row])}) == {("personal-email", "train"): ("warning", [1], 1)}
+
+
+def test_errors_come_first_and_all_is_json():
+    splits = healthy() | {"test": split([dialogue(QUESTIONS[0]), dialogue("Mail jo@example.com")], supervised=[0, 4], lengths=[400, 9])}
+    summary, findings = examine(splits, 100)
+    assert [f.severity for f in findings] == ["error", "error", "warning", "warning", "info", "info", "info"]
+    assert json.loads(json.dumps(summary)) == summary and len(summary["findings"]) == 7
+    assert summary["findings"][0].keys() == {"severity", "code", "sentence", "rows", "count", "split"}
+    assert {f.sentence.split()[0] for f in findings} == {str(f.count) for f in findings}
+
+
+@pytest.mark.parametrize("broken", [
+    Split([dialogue("Hi")], [1], [5], []), Split([dialogue("Hi")], [1, 2], [5], [2]), Split([dialogue("Hi")], [1], [5, 6], [2]),
+    Split([], [], [], []),
+])
+def test_lists_that_do_not_fit_are_refused(broken):
+    with pytest.raises(ValueError, match=r"^dev: \[.*\] rows, row numbers, lengths and supervised counts"):
+        examine(healthy() | {"dev": broken}, 100)
+
+
+# Figures
+
+
+def test_length_summary_by_hand():
+    lengths = list(range(1, 101))
+    random.Random(0).shuffle(lengths)
+    figures = length_summary(lengths, 90)
+    assert figures.pop("histogram") == histogram(lengths)
+    assert figures == {"total": 5050, "shortest": 1, "median": 50.5, "mean": 50.5, "longest": 100, "over": 10,
+                       "keeps": {"95": 95, "99": 99, "100": 100}}
+    assert length_summary([7], 7)["over"] == 0 and length_summary([7], 6)["over"] == 1
+    assert length_summary([3, 1, 2], 9)["median"] == 2
+    with pytest.raises(ValueError, match="no lengths"):
+        length_summary([], 9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_keeps_is_the_smallest_length_that_keeps_so_many(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 50) for _ in range(rng.randint(1, 60))]
+    for percent, value in length_summary(lengths, 10)["keeps"].items():
+        kept = [100 * sum(length <= limit for length in lengths) / len(lengths) for limit in (value - 1, value)]
+        assert kept[0] < int(percent) <= kept[1]
+
+
+@pytest.mark.parametrize("lengths", [[0], [1], [9, 10, 11], [99], [100], [1, 768, 300], [12345, 3], [10**6]])
+def test_bins_hold_every_length_once(lengths):
+    bins = histogram(lengths)
+    assert 1 <= len(bins) <= 10 and bins[0]["from"] == 0 and bins[-1]["from"] <= max(lengths) <= bins[-1]["to"]
+    for b, after in zip(bins, bins[1:], strict=False):
+        assert after["from"] == b["to"] + 1
+    for b in bins:
+        assert b["rows"] == sum(b["from"] <= length <= b["to"] for length in lengths)
+        assert re.fullmatch("[125]0*", str(b["to"] - b["from"] + 1))
+
+
+def test_bars_are_proportional_and_never_hide_a_row():
+    assert bars(histogram([5] * 2000 + [15] * 1000 + [35])) == [
+        "   0 -  4      0", "   5 -  9  2,000 " + "█" * 40, "  10 - 14      0", "  15 - 19  1,000 " + "█" * 20, "  20 - 24      0",
+        "  25 - 29      0", "  30 - 34      0", "  35 - 39      1 ▏"]
+
+
+def test_balance_by_hand():
+    rows = [{"label": "a"}] * 4 + [{"label": "b"}] * 2 + [{"label": "c"}] * 2
+    assert balance(rows) == {"label": {
+        "counts": {"a": 4, "b": 2, "c": 2}, "entropy": 1.5, "most": math.log2(3), "rare": {"b": 2, "c": 2, "a": 4}}}
+    assert balance([{"text": "no label"}]) == {}
+
+
+def test_labels_of_all_tasks():
+    assert labels_of({"text": "x", "label": 3}) == {"label": ["3"]}
+    assert labels_of({"text": "x", "label": True}) == {"label": ["true"]}
+    assert labels_of({"tokens": ["x", "y"], "tags": ["O", "B-LOC"]}) == {"tags": ["O", "B-LOC"]}
+    turns = [{"role": "user", "content": "x", "intent": "a", "sentiment": "b"}, {"role": "assistant", "content": "y", "action": "c"},
+             {"role": "user", "content": "z", "intent": "d"}]
+    assert labels_of({"messages": turns}) == {"intent": ["a", "d"], "sentiment": ["b"], "action": ["c"]}
+
+
+# The terminal
+
+
+def test_the_report_of_the_bundled_dialogues():
+    splits = {}
+    for name in ("train", "dev", "test"):
+        lines = (ROOT / f"data/customer_service/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        lengths = [sum(len(turn["content"]) for turn in row["messages"]) for row in rows]
+        splits[name] = Split(rows, range(1, len(rows) + 1), lengths, lengths)
+    summary, findings = examine(splits, 10_000)
+    assert not [f for f in findings if f.severity == "error" or f.code == "language"]
+    text = report(summary, findings)
+    assert "\033" not in text and text.splitlines()[-1].startswith("errors: 0, warnings: ")
+    assert "train: 260 rows, " in text and "  languages: en 130, zh 130\n" in text and "leaks: 0 (" in text
+    assert "  intent: 45 labels, entropy " in text and ": inform 266, ask_followup 191, " in text and " and 35 more\n" in text
+    assert "warning: 1 of 45 values of intent occur in fewer than 5 rows of train: missing_item (rows 4, 144) [rare-label]" in text
+    assert "\033[33mwarning\033[0m: " in report(summary, findings, colour=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "chatml"])
+@pytest.mark.parametrize("row", DIALOGUES)
+def test_rendered_shows_what_is_trained_on(kind, row):
+    tokenizer = tiny_tokenizer(kind)
+    chat.prepare(tokenizer)
+    encoded = chat.encode(row["messages"], tokenizer, 10_000)
+    whole = tokenizer.decode(encoded.input_ids, skip_special_tokens=False)
+    plain = rendered(tokenizer, encoded.input_ids, encoded.labels, colour=False)
+    trained = re.findall("⟦(.*?)⟧", plain, flags=re.DOTALL)
+    assert re.sub("[⟦⟧]", "", plain) == whole
+    assert [text.strip() for text in trained] == [m["content"] + tokenizer.eos_token for m in row["messages"] if m["role"] == "assistant"]
+    coloured = rendered(tokenizer, encoded.input_ids, encoded.labels)
+    assert coloured == plain.replace("⟦", "\033[32m").replace("⟧", "\033[0m")
+
+
+def test_rendered_never_breaks_a_character():
+    tokenizer = tiny_tokenizer("gpt2")
+    ids = tokenizer("a\u9f98b")["input_ids"]  # not in the vocabulary: three tokens, one for each byte
+    assert len(ids) == 5
+    for border in range(6):
+        shown = rendered(tokenizer, ids, [chat.IGNORE] * border + ids[border:], colour=False)
+        assert shown.replace("⟦", "").replace("⟧", "") == "a\u9f98b"
+        assert shown == {0: "⟦a龘b⟧", 1: "a⟦龘b⟧", 2: "a⟦龘b⟧", 3: "a⟦龘b⟧", 4: "a龘⟦b⟧", 5: "a龘b"}[border]
+
+
+def test_rendered_with_lists_that_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="2 input_ids but 1 labels"):
+        rendered(tiny_tokenizer("gpt2"), [1, 2], [1])
+    assert rendered(tiny_tokenizer("gpt2"), [], []) == ""
