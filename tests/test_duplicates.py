@@ -195,6 +195,13 @@ def test_duplicates_within_a_split_are_no_leaks():
     assert {leak.kind for leak in leaks([row], [row], []).found} == {"exact", "id"}
 
 
+def test_an_id_may_be_anything_or_missing():
+    train, dev = ([dialogue(text, "Yes", id=value) for value in (7, None, ["a"])] for text in ("Are you open?", "我的包裹在哪里？"))
+    found = leaks(train, dev, [dialogue("Hello", "Hi", id="7")]).found
+    assert [(leak.split, leak.row, leak.of_row, leak.kind) for leak in found] == [
+        ("dev", 0, 0, "id"), ("dev", 2, 2, "id"), ("test", 0, 0, "id")]
+
+
 def test_a_common_system_turn_is_no_leak():
     system = {"role": "system", "content": ENGLISH}
     train, dev = ([{"messages": [system, *dialogue(*turns)["messages"]]}] for turns in (("Hi", "Hello"), ("Bye", "See you")))
