@@ -67,7 +67,7 @@ def same_token(model, inputs) -> list[Part]:
 
 
 def words(model, inputs) -> list[Part]:
-    """Token classification: a label at the first token of each word. `labels` (batch, length)."""
+    """Token classification: a label at one token of each word. `labels` (batch, length)."""
     keep = inputs["labels"] != IGNORE
     return [Part(model(**_without_labels(inputs)).logits[keep], inputs["labels"][keep], keep)]
 

@@ -38,6 +38,9 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
+HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
+
+
 @dataclass(frozen=True)
 class Bundled:
     """A model that a Python package carries: a GGUF file to convert, or a ready folder."""
@@ -116,10 +119,10 @@ def window(source: Source) -> int | None:
 
 def kind(source: Source) -> str:
     """How the model reads: "decoder" (GPT-2, Llama: from left to right), "encoder" (BERT: both ways at once) or "encoder-decoder" (T5)."""
-    config = AutoConfig.from_pretrained(source.folder)
-    if config.is_encoder_decoder:
+    found = config(source)
+    if found.is_encoder_decoder:
         return "encoder-decoder"
-    return "encoder" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
+    return "encoder" if type(found) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
 
 
 def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, **config):
@@ -168,7 +171,7 @@ def new_heads(peft_type: str | None) -> list[str] | None:
 
     For sequence classification PEFT leaves the head out by itself.
     """
-    return ["classifier", "score"] if peft_type == "TOKEN_CLS" else None
+    return list(HEADS) if peft_type == "TOKEN_CLS" else None
 
 
 def train_top_layers(model, count: int) -> None:

@@ -62,8 +62,8 @@ class Task:
         return model
 
     def new_modules(self) -> list[str] | None:
-        """Modules that the checkpoint lacked (a pooler), for PEFT to train and save whole. `classifier` and `score` it knows itself."""
-        return [name for name in self.drawn_at_random if not {"classifier", "score"} & set(name.split("."))] or None
+        """Modules that the checkpoint lacked (a pooler), for PEFT to train and save whole. It knows models.HEADS by itself."""
+        return [name for name in self.drawn_at_random if not set(models.HEADS) & set(name.split("."))] or None
 
 
 def module(name: str):
