@@ -16,7 +16,7 @@ HARDWARE ?= recipes/accelerate/one_process.yaml
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
-	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, or your own copy)"
+	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, adalora, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
 	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"

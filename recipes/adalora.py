@@ -14,8 +14,6 @@ from recipes.common import args
 from recipes.common.args import option, trainer_option
 from recipes.common.errors import UserError
 
-HEADS = ["classifier", "score"]
-
 
 @dataclass
 class MethodArguments(args.Method):
@@ -44,21 +42,21 @@ def adapt(model, task, method, training):
     """Freeze `model` and add the update. Returns the wrapped model and the Trainer callbacks that it needs."""
     from peft import AdaLoraConfig, get_peft_model
 
-    from recipes.common import rank_allocation, runs
+    from recipes.common import models, rank_allocation, runs
 
     steps = runs.steps(len(task.train), training)
     first, last = int(method.first_share * steps), max(1, round(method.last_share * steps))
-    if steps - last - first < 1:
+    if steps - last - max(first, 1) < 1:  # the first cut needs the importance of at least one step before it
         raise UserError(f"{steps} steps are too few to cut ranks in: raise --num_train_epochs or --max_steps")
     config = AdaLoraConfig(task_type=task.peft_type, init_r=method.init_rank, target_r=method.target_rank, lora_alpha=method.alpha,
                            lora_dropout=method.dropout, tinit=first, tfinal=last, deltaT=method.every, total_step=steps,
                            beta1=method.beta, beta2=method.beta, orth_reg_weight=method.orthogonal_weight, target_modules="all-linear",
-                           exclude_modules=HEADS if task.peft_type == "TOKEN_CLS" else None)
+                           exclude_modules=models.new_heads(task.peft_type), modules_to_save=task.new_modules())
     if training.process_index == 0:
         print(f"ranks: {method.init_rank} a matrix until step {first}, then cut every {method.every} steps down to {method.target_rank} on "
               f"average in step {steps - last} of {steps}")
     model = get_peft_model(model, config)
-    return model, [rank_allocation.AllocateRanks(model)]
+    return model, [rank_allocation.AllocateRanks(model, task.method_report)]
 
 
 def main():

@@ -31,7 +31,7 @@ def adapt(model, task, method, training):
     from recipes.common.bottleneck import BottleneckConfig
 
     config = BottleneckConfig(task_type=task.peft_type, bottleneck_size=method.bottleneck_size, placement=method.placement,
-                              activation=method.activation, dropout=method.dropout)
+                              activation=method.activation, dropout=method.dropout, modules_to_save=task.new_modules())
     return get_peft_model(model, config), []
 
 

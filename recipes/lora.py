@@ -33,7 +33,8 @@ def adapt(model, task, method, training):
 
     targets = method.target_modules if method.target_modules == "all-linear" else method.target_modules.split(",")
     config = LoraConfig(task_type=task.peft_type, r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout,
-                        target_modules=targets, exclude_modules=models.new_heads(task.peft_type))
+                        target_modules=targets, exclude_modules=models.new_heads(task.peft_type),
+                        modules_to_save=task.new_modules())
     try:
         return fast_lora.speed_up(get_peft_model(model, config)), []
     except ValueError as error:  # PEFT's own sentence names the modules that it did not find

@@ -43,7 +43,8 @@ def adapt(model, task, method, training):
         raise UserError(f"--max_length {task.max_length} and --num_virtual_tokens {method.num_virtual_tokens} exceed together the "
                         f"{task.window} tokens that the model can read: lower one of them")
     config = PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=method.num_virtual_tokens,
-                                prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size)
+                                prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size,
+                                modules_to_save=task.new_modules())
     model = get_peft_model(model, config)
     if method.start == "text":
         text = chain.from_iterable(row["input_ids"] for row in cycle(task.train))

@@ -32,6 +32,8 @@ def main():
     record = models.read_record(run)
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
         raise UserError(f"--json {options.json}: name a file in a folder that exists")
+    if options.num_beams > 1 and record["task"] != "translate":
+        raise UserError(f"--num_beams {options.num_beams} is for --task translate; {run} does --task {record['task']}: leave it out")
     kind = tasks.module(record["task"])
     source, rows, label = held_out_rows(options, record, kind)
     used = record["model"]["used"]

@@ -1,6 +1,7 @@
 """AdaLoRA: the budget is met, ranks differ, what is saved is what was trained, and the planned steps are the Trainer's."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import DIALOGUES
 from test_methods import run_recipe
 from transformers import AutoModelForCausalLM
 
-from recipes.common import models, rank_allocation, runs
+from recipes.common import models, rank_allocation, report, runs
 from recipes.common.errors import UserError
 
 FLAGS = ("--init_rank", "4", "--target_rank", "2", "--every", "1", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no",
@@ -88,3 +89,22 @@ def test_planned_steps_of_several_processes(processes, steps):
 def test_refused(flags, words, tiny, data, tmp_path):
     with pytest.raises(UserError, match=words):
         run_recipe("adalora", tiny("llama"), data, tmp_path / "run", *FLAGS, *(("--last_share", "0.3") if "0.8" in flags else ()), *flags)
+
+
+def test_the_picture_of_the_ranks_holds_every_matrix():
+    llama = {"model.layers.0.mlp.up_proj": 3, "model.layers.1.mlp.up_proj": 0, "model.layers.1.self_attn.q_proj": 5}
+    names, blocks, grid, others = report.rank_grid(llama)
+    assert (names, blocks, others) == (["mlp.up_proj", "self_attn.q_proj"], [0, 1], {})
+    assert grid[0] == [3, 0] and math.isnan(grid[1][0]) and grid[1][1] == 5
+    t5 = {"encoder.block.0.layer.0.SelfAttention.q": 3, "decoder.block.0.layer.0.SelfAttention.q": 9}
+    assert report.rank_grid(t5)[::2] == (["encoder layer.0.SelfAttention.q", "decoder layer.0.SelfAttention.q"], [[3], [9]])
+    bert = {"bert.encoder.layer.0.output.dense": 2, "bert.pooler.dense": 4}
+    assert report.rank_grid(bert)[3] == {"bert.pooler.dense": 4} and "bert.pooler.dense: 4" in report.ranks(bert)
+    assert report.ranks({}) == ""
+
+
+def test_a_run_reports_its_ranks(finished):
+    folder, _ = finished
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert sum(record["method_report"]["rank_pattern"].values()) == 2 * 14
+    assert "Where the ranks went" in (folder / "report.html").read_text(encoding="utf-8")

@@ -68,7 +68,7 @@ def test_it_ends_with_a_table_samples_and_what_to_do_next(job):
     for said in ("reference | ", "smollm2 (untuned) | ", "lora | ", "next:", f"scripts/chat.py --run {run}", "tensorboard"):
         assert said in table
     assert all(text.strip() for sample in evaluation["samples"] for _, text in sample)  # a real model says something
-    assert len((run / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()) == evaluation["replies"]
+    assert len((run / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()) == evaluation["table"][-1]["count"]
 
 
 def test_a_second_run_does_not_overwrite_it(job):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from recipes import adapter, lora, prefix
 from recipes.common import chat, generation, models
 
-TASK = SimpleNamespace(peft_type="CAUSAL_LM", window=256, max_length=128, train=[{"input_ids": [5, 6, 7]}])
+TASK = SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=128, train=[{"input_ids": [5, 6, 7]}])
 METHODS = {
     "base": lambda model: model,
     "lora": lambda model: lora.adapt(model, TASK, lora.MethodArguments(), None)[0],

@@ -1,12 +1,15 @@
 """The task translate: pairs for encoder-decoders and for decoder-only models, whole runs with every recipe, and what they write."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SHARED
 from test_cli import call
 from test_methods import run_recipe
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from recipes.common import args, data, generation, losses, models, tasks
 from recipes.common.chat import IGNORE
@@ -81,6 +84,26 @@ def test_a_flag_of_the_other_kind_of_model_is_refused(kind, options, wrong, tiny
         task_for(tiny(kind), **options)
 
 
+@pytest.mark.parametrize("model_type", ["mbart", "m2m_100"])
+def test_models_that_write_the_language_of_a_code_are_refused(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    with pytest.raises(UserError, match="the language that a code says"):
+        translate.make(SimpleNamespace(instruction=None), models.Source("m", "m", str(tmp_path)), None, {})
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_the_loss_over_the_first_of_several_references_is_said(kind, tiny):
+    rows = [*ROWS, {"source": "Bye", "refs": ["再见", "拜拜"]}, {"source": "Bye", "refs": ["再见"]}]
+    _, counts = batch_of(task_for(tiny(kind)), rows)
+    assert counts["sentences"] == ['1 pairs have several "refs" and no "target": the loss is over the first one']
+    assert batch_of(task_for(tiny(kind)))[1]["sentences"] == []
+
+
+def test_the_top_layers_of_an_encoder_decoder_are_not_defined(tiny, folder, tmp_path):
+    with pytest.raises(UserError, match="--train_top_layers: an encoder-decoder"):
+        run_recipe("full", tiny("t5"), folder, tmp_path / "run", "--task", "translate", "--train_top_layers", "1")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs")
@@ -106,6 +129,82 @@ def test_it_learns_its_pairs_by_heart_and_writes_them(kind, tiny, folder, tmp_pa
     assert table["all", "full"]["chrF"] > 50 > table["all", f"{tiny(kind)} (untuned)"]["chrF"]
     beams = call("scripts/evaluate.py", "--run", run, "--num_beams", "2", "--dtype", "float32", "--max_new_tokens", "40")
     assert beams.code == 0 and "2 beams" in beams.out, beams.err
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "adapter"])
+def test_a_tuned_encoder_decoder_has_its_own_loss_and_is_the_same_when_loaded_and_when_merged(method, tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    trainer = run_recipe(method, tiny("t5"), folder, run, "--task", "translate", "--max_steps", "6", "--learning_rate", "5e-2",
+                         "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "False")
+    task, tuned = task_for(tiny("t5")), trainer.model.eval()
+    batch, _ = batch_of(task)
+    sources = [task.tokenizer(row["source"])["input_ids"] for row in ROWS]
+
+    def logits(model):
+        with torch.no_grad():
+            [part] = losses.same_token(model, batch)
+            torch.testing.assert_close(part.nll().mean(), model(**batch).loss)
+        return part.logits
+
+    def written(model):
+        return generation.write(model, task.tokenizer, sources, generation.right_pad, 8, 3, 1, "x")
+
+    assert (logits(tuned) - logits(task.load_model().eval())).abs().max() > 1e-2
+    for merge in (False, True):
+        loaded = models.load_run(run, torch.float32, task.auto_class, task.config, merge=merge)
+        torch.testing.assert_close(logits(loaded), logits(tuned), rtol=1e-4, atol=1e-4)
+        assert written(loaded) == written(tuned)
+
+
+@pytest.fixture(scope="module")
+def bart(tiny, tmp_path_factory):
+    """A BART of 64 positions that comes with the decoding of a summariser: beams, a least length, a forced end."""
+    out, tokenizer = tmp_path_factory.mktemp("bart"), models.load_tokenizer(models.resolve(str(tiny("t5"))))
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0, forced_eos_token_id=None))
+    model.final_logits_bias[0, tokenizer.eos_token_id] = -100.0  # so that it never ends by itself
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    GenerationConfig(num_beams=4, early_stopping=True, length_penalty=2.0, min_length=5, no_repeat_ngram_size=3, forced_eos_token_id=1,
+                     bad_words_ids=[[7]], eos_token_id=1, pad_token_id=0, decoder_start_token_id=0).save_pretrained(out)
+    return out
+
+
+def test_a_summarisers_decoding_is_not_taken_over(bart, folder, tmp_path):
+    run = tmp_path / "run"
+    run_recipe("full", bart, folder, run, "--task", "translate", "--max_steps", "2", "--learning_rate", "1e-5", "--max_length", "32",
+               "--load_best_model_at_end", "False")
+    own = GenerationConfig.from_pretrained(run)
+    assert (own.num_beams, own.min_length, own.forced_eos_token_id, own.no_repeat_ngram_size) == (1, None, None, None)
+    assert (own.bad_words_ids, own.eos_token_id, own.decoder_start_token_id) == ([[7]], 1, 0)
+    result = call("scripts/evaluate.py", "--run", run, "--dtype", "float32", "--max_new_tokens", "64")
+    assert result.code == 0 and "5 of 5 targets did not end within 64 tokens and were cut" in result.out, result.err
+    longer = call("scripts/evaluate.py", "--run", run, "--dtype", "float32", "--max_new_tokens", "67")
+    assert longer.code != 0 and "--max_new_tokens 67 exceeds" in longer.err and "by 3 or more" in longer.err
+    shutil.copytree(run, tmp_path / "other")
+    together = call("scripts/evaluate.py", "--run", run, "--run", tmp_path / "other", "--max_new_tokens", "8")
+    assert together.code == 0 and "ensemble" in together.out, together.err
+
+
+def test_sources_that_are_read_without_their_end_are_said_whatever_their_target(tiny, folder, tmp_path):
+    run, rows = tmp_path / "run", tmp_path / "long.jsonl"
+    run_recipe("lora", tiny("t5"), folder, run, "--task", "translate", "--max_steps", "1", "--max_length", "24",
+               "--load_best_model_at_end", "False")
+    long = {"source": "word " * 60, "target": "word " * 60}
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (*ROWS[1:2], long)), encoding="utf-8")
+    result = call("scripts/evaluate.py", "--run", run, "--data", rows, "--dtype", "float32", "--max_new_tokens", "4")
+    assert "note: lora reads 1 sources without their end, as they exceed --max_length 24" in result.out, result.err
+    assert "left out, as their target exceeds --max_length 24: 1 pairs" in result.out
+
+
+def test_beams_of_another_task_are_refused(tmp_path):
+    record = {"recipe": "lora", "task": "chat", "model": {}, "data": {}, "shared_arguments": {}, "training_arguments": {}}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    result = call("scripts/evaluate.py", "--run", tmp_path, "--num_beams", "4")
+    assert result.code != 0 and "--num_beams 4 is for --task translate" in result.err
 
 
 def test_targets_written_in_batches_equal_those_written_alone(tiny):

@@ -136,6 +136,7 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
     for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
+    model.drawn_at_random = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
@@ -148,13 +149,18 @@ def generation_config(tokenizer, **options) -> GenerationConfig:
 
 
 def own_generation_config(source: Source) -> GenerationConfig:
-    """Greedy decoding with the checkpoint's own special tokens and forbidden ones (Marian's must never write padding)."""
+    """Greedy decoding with the checkpoint's own special tokens and forbidden ones (Marian's must never write padding).
+
+    Nothing else of its config is kept: settings of beams or sampling can't be saved beside greedy decoding, a least length or forbidden
+    repeats are those of another task (BART's of summaries), and a forced last token would make a cut text look ended (Marian, BART).
+    """
     if (Path(source.folder) / GENERATION_CONFIG_NAME).is_file():
         own = GenerationConfig.from_pretrained(source.folder)
     else:
         own = GenerationConfig.from_model_config(config(source))
-    own.update(do_sample=False, num_beams=1, max_length=None)
-    return own
+    return GenerationConfig(do_sample=False, num_beams=1, **{name: getattr(own, name) for name in (
+        "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "bad_words_ids", "suppress_tokens",
+        "begin_suppress_tokens")})
 
 
 def new_heads(peft_type: str | None) -> list[str] | None:
@@ -169,8 +175,11 @@ def train_top_layers(model, count: int) -> None:
     """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
 
     Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
-    Raises `UserError` if the model has fewer blocks.
+    Raises `UserError` if the model has fewer blocks, or is an encoder-decoder: its top is half of each of two stacks.
     """
+    if model.config.is_encoder_decoder:
+        raise UserError("--train_top_layers: an encoder-decoder has two stacks of blocks, so its top layers are not defined; leave it out, "
+                        "or train less with --recipe lora or adapter")
     parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
                         if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
     blocks = getattr(parent, name)

@@ -7,10 +7,13 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # PEFT's names: smoothed importance o
 
 
 class AllocateRanks(TrainerCallback):
-    """Takes singular values away as arXiv:2303.10512 has it; `model` is a `PeftModel` with an AdaLoRA adapter named "default"."""
+    """Takes singular values away as arXiv:2303.10512 has it; `model` is a `PeftModel` with an AdaLoRA adapter named "default".
 
-    def __init__(self, model):
-        self.tuner, self.config = model.base_model, model.peft_config["default"]
+    At the end, the rank of each matrix goes into `report`, which goes into run.json.
+    """
+
+    def __init__(self, model, report: dict):
+        self.tuner, self.config, self.report = model.base_model, model.peft_config["default"], report
         self.names = [name for name, _ in self._matrices()]
         for name, parameter in self._matrices():
             layer, kind = self._layer(name)
@@ -56,7 +59,7 @@ class AllocateRanks(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """The best checkpoint may be one from before the budget was met: what is saved is what its singular values say."""
         self._follow_values()
-        ranks = self.ranks()
+        ranks = self.report["rank_pattern"] = self.ranks()
         if state.is_world_process_zero:
             target = self.config.target_r * len(ranks)
             late = "" if sum(ranks.values()) == target else "; the checkpoint kept is from before the budget was met"

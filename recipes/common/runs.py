@@ -48,7 +48,7 @@ def start(shared, method, training) -> None:
     if training.process_index == 0:
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
         rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {rows} dialogues a step, run folder {folder}")
+        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {rows} rows a step, run folder {folder}")
 
 
 def _use_all_cores(training) -> None:

@@ -276,6 +276,7 @@ def _hold_frozen_in_bf16(model) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
+    for name, parameter in model.named_parameters():
+        # AdaLoRA keeps a number of its formula, the rank it began with, among the parameters: that one stays exact.
+        if not parameter.requires_grad and parameter.is_floating_point() and "ranknum" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -44,6 +44,7 @@ class Task:
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
+    drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
     dev: Dataset = None
@@ -57,7 +58,12 @@ class Task:
         model = models.load(self.source, self.auto_class, **self.config | self.dropout)
         if self.generation:
             model.generation_config = self.generation
+        self.drawn_at_random = model.drawn_at_random
         return model
+
+    def new_modules(self) -> list[str] | None:
+        """Modules that the checkpoint lacked (a pooler), for PEFT to train and save whole. `classifier` and `score` it knows itself."""
+        return [name for name in self.drawn_at_random if not {"classifier", "score"} & set(name.split("."))] or None
 
 
 def module(name: str):

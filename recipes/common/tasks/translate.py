@@ -25,6 +25,8 @@ from recipes.common.trainer import dataset_outputs, mean_loss
 MAX_LENGTH = 256
 UNIT = "pairs"
 UNTUNED_SCORES = True  # a pretrained model can be asked the same
+# Multilingual models that write the language of a code, which the rows do not name. M2M-100 and NLLB are the same type.
+LANGUAGE_CODES = {"mbart", "m2m_100", "nllb-moe", "plbart"}
 COLUMNS = {"loss": "loss", "perplexity": "perplexity", "bleu": "BLEU", "chrf": "chrF", "rougeL": "ROUGE-L"}
 
 
@@ -57,6 +59,9 @@ def make(shared, source, tokenizer, facts) -> Task:
 
 
 def _encoder_decoder(shared, source, tokenizer) -> Task:
+    if models.config(source).model_type in LANGUAGE_CODES:
+        raise UserError(f"{source.used} writes the language that a code says, and no code is set here: use a model of one direction "
+                        "(Marian), or one that is asked in words (T5)")
     if tokenizer.eos_token is None or tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {source.used} has no token that ends or pads a text: use another encoder-decoder")
     return Task("translate", "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, source, tokenizer, shared.max_length,
@@ -74,22 +79,20 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
     """
     features, counts, left_out = [], Counter(), []
     for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
-        ids = tokenizer(prefix + row["source"])["input_ids"]
-        labels = tokenizer(text_target=row["target"] if "target" in row else row["refs"][0])["input_ids"]
+        ids, shortened = _read(prefix + row["source"], tokenizer, max_length)
+        labels = tokenizer(text_target=_target(row))["input_ids"]
         if labels[-1:] != [tokenizer.eos_token_id]:
             labels.append(tokenizer.eos_token_id)
         if len(labels) > max_length:
             left_out.append(number)
             continue
-        if len(ids) > max_length:
-            counts["shortened"] += 1
-            ids = tokenizer(prefix + row["source"], truncation=True, max_length=max_length)["input_ids"]
         features.append({"input_ids": ids, "labels": labels})
+        counts["shortened"] += shortened
         counts["tokens"] += len(ids) + len(labels)
         counts["supervised"] += len(labels)
     if not features:
         raise UserError(f"{name}: every target is longer than --max_length {max_length}: raise it")
-    sentences = []
+    sentences = _first_of_several(rows)
     if counts["shortened"]:
         sentences.append(f"{counts['shortened']} sources exceed --max_length {max_length} and lost their end")
     if left_out:
@@ -97,6 +100,23 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
     return Dataset.from_list(features), {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": {}, "items": "tokens",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+
+
+def _read(text: str, tokenizer, max_length: int) -> tuple[list[int], bool]:
+    """Token ids of a source, and whether it lost its end. The tokenizer keeps the tokens that it puts around a text."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) <= max_length:
+        return ids, False
+    return tokenizer(text, truncation=True, max_length=max_length)["input_ids"], True
+
+
+def _target(row: dict) -> str:
+    return row["target"] if "target" in row else row["refs"][0]
+
+
+def _first_of_several(rows: list[dict]) -> list[str]:
+    several = sum("target" not in row and len(row["refs"]) > 1 for row in rows)
+    return [f'{several} pairs have several "refs" and no "target": the loss is over the first one'] if several else []
 
 
 def collate(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
@@ -110,17 +130,20 @@ def collate(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
 def dialogue(row: dict, instruction: str | None) -> list[dict]:
     """The question that a decoder-only model is asked, and the answer that it learns."""
     asked = f"{instruction}\n{row['source']}" if instruction else row["source"]
-    answer = row["target"] if "target" in row else row["refs"][0]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": _target(row)}]
 
 
 def _encode_dialogue(rows, name, on_bad_row="stop", training=False, *, instruction, encode):
     features, counts = encode([{"messages": dialogue(row, instruction)} for row in rows], name, on_bad_row, training)
-    return features, {**counts, "unit": UNIT, "sentences": [sentence.replace("dialogues", UNIT) for sentence in counts["sentences"]]}
+    sentences = _first_of_several(rows) + [sentence.replace("dialogues", UNIT) for sentence in counts["sentences"]]
+    return features, {**counts, "unit": UNIT, "sentences": sentences}
 
 
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
-    """Loss over the target's tokens, and the target that the model writes, greedily or with --num_beams, against all references."""
+    """Loss over the target's tokens, and the target that the model writes, greedily or with --num_beams, against all references.
+
+    Raises `UserError` for more tokens than an encoder-decoder's decoder has positions for.
+    """
     features, counts = task.encode(rows, "rows", record["shared_arguments"]["on_bad_row"])
     for sentence in [*counts["refused"].values(), *counts["sentences"]]:
         print(f"note: {sentence}")
@@ -164,7 +187,12 @@ def _write(name, model, task, rows, record, options) -> tuple[list[str], int]:
                                         options.num_beams)
         texts = iter(texts)
         return [next(texts) if ids is not None else "" for ids in prompts], cut
-    sources = [task.tokenizer((flags["source_prefix"] or "") + row["source"], truncation=True, max_length=task.max_length)["input_ids"]
-               for row in rows]
+    if generation.room(model, options.max_new_tokens) < 0:
+        raise UserError(f"--max_new_tokens {options.max_new_tokens} exceeds what the decoder of {name} has positions for: lower it by "
+                        f"{-generation.room(model, options.max_new_tokens)} or more")
+    sources, shortened = zip(*(_read((flags["source_prefix"] or "") + row["source"], task.tokenizer, task.max_length) for row in rows),
+                             strict=True)
+    if any(shortened):
+        print(f"note: {name} reads {sum(shortened)} sources without their end, as they exceed --max_length {task.max_length}")
     return generation.write(model, task.tokenizer, sources, generation.right_pad, options.max_new_tokens, options.batch_size,
                             options.num_beams, f"Targets of {name}")
