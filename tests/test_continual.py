@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 
+import accelerate
 import pytest
 import torch
 from conftest import DIALOGUES
@@ -211,3 +212,37 @@ def test_a_run_that_goes_on_resumes_exactly(parent, data, tmp_path):
     assert same(trained(resumed.model), trained(through.model))
     assert read(tmp_path / "killed")["forgetting"] == read(tmp_path / "through")["forgetting"]
     assert read(tmp_path / "killed")["lineage"] == read(tmp_path / "through")["lineage"]
+
+
+class ScoresFirst(RecipeTrainer):
+    """Broken: scored as soon as the Trainer is there."""
+
+    def train(self, **kwargs):
+        self.predict(self.task.old)
+        return super().train(**kwargs)
+
+
+def test_the_model_is_made_ready_for_training_before_it_is_scored(tiny, data, tmp_path, monkeypatch):
+    """Accelerate prepares a model once: one that is scored first is never wrapped, so that several processes don't share gradients."""
+    plain, scored_only = accelerate.Accelerator.prepare_model, []
+
+    def prepare(self, model, device_placement=None, evaluation_mode=False):
+        scored_only.append(evaluation_mode)
+        return plain(self, model, device_placement, evaluation_mode)
+
+    monkeypatch.setattr(accelerate.Accelerator, "prepare_model", prepare)
+    flags = ("--measure_forgetting", str(data["second"]), *SHORT)
+    run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "run", *flags)
+    assert scored_only[0] is False
+    scored_only.clear()
+    run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "broken", *flags, trainer_class=ScoresFirst)
+    assert scored_only[0] is True
+
+
+def test_what_was_not_measured_at_the_start_is_not_made_up_later(tiny, data, tmp_path):
+    steps = ("--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps", "--eval_strategy", "no",
+             "--load_best_model_at_end", "False")
+    run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "plain", *steps)
+    with pytest.raises(UserError, match="did not measure forgetting before its first step"):
+        run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "run", *steps, "--measure_forgetting", str(data["second"]),
+                   "--resume_from_checkpoint", str(tmp_path / "plain" / "checkpoint-2"))

@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from recipes.common import losses, regularize
 from recipes.common.errors import UserError
@@ -39,6 +39,8 @@ class RecipeTrainer(Trainer):
         callbacks = list(callbacks)
         if shared.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
+        if task.old is not None:
+            callbacks.append(BeforeTraining(self))
         if args.bf16:
             _hold_frozen_in_bf16(model)
         self.task, self.shared, self.forgetting = task, shared, {}
@@ -61,20 +63,28 @@ class RecipeTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
-        if self.task.old is not None:
-            self.forgetting["before"] = self._scores_on_old_rows()
         result = super().train(*args, **kwargs)
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
+
+    def measure_before(self) -> None:
+        """Score the old rows with the weights that training starts from, or find these scores in the log of the run that is resumed."""
+        if logged := [entry for entry in self.state.log_history if "old_loss" in entry]:
+            self.forgetting["before"] = _named_old(logged[0])
+        elif self.state.global_step:
+            raise UserError("the run that is resumed did not measure forgetting before its first step: leave --replay and "
+                            "--measure_forgetting out, or start again")
+        else:
+            self.forgetting["before"] = self._scores_on_old_rows()
+            self.log({f"old_{name}": value for name, value in self.forgetting["before"].items()})
 
     def _scores_on_old_rows(self) -> dict[str, float]:
         # predict() and not evaluate(): early stopping listens to every evaluation. It draws a random number, for a seed of the loader,
         # which must not change the training.
         with torch.random.fork_rng(devices=[]):
             scores = self.predict(self.task.old, metric_key_prefix="old").metrics
-        seconds = ("_runtime", "_per_second", "_time")
-        return {name.removeprefix("old_"): value for name, value in scores.items() if not name.endswith(seconds)}
+        return _named_old({name: value for name, value in scores.items() if not name.endswith(("_runtime", "_per_second", "_time"))})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the supervised items of the optimizer step, micro-batches and processes together."""
@@ -152,6 +162,21 @@ class RecipeTrainer(Trainer):
             return False
         load_trained(Path(checkpoint), self.model)
         return True
+
+
+def _named_old(scores: dict) -> dict[str, float]:
+    return {name.removeprefix("old_"): value for name, value in scores.items() if name.startswith("old_")}
+
+
+class BeforeTraining(TrainerCallback):
+    """Measures what may be forgotten as soon as the model is ready to train: scored any earlier, Accelerate would take it for one that is
+    only evaluated, and several processes would each train a model of their own."""
+
+    def __init__(self, trainer: RecipeTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.measure_before()
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:
