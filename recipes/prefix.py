@@ -37,6 +37,7 @@ def adapt(model, task, method, training):
     """Freeze `model` and put the prefix before it. Returns the wrapped model and the Trainer callbacks that it needs."""
     from peft import PrefixTuningConfig, get_peft_model
 
+    from recipes.common import models
     from recipes.common.prefix_start import start_from_tokens
 
     if task.window and task.max_length + method.num_virtual_tokens > task.window:
@@ -45,7 +46,7 @@ def adapt(model, task, method, training):
     config = PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=method.num_virtual_tokens,
                                 prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size,
                                 modules_to_save=task.new_modules())
-    model = get_peft_model(model, config)
+    model = models.keep_segments(get_peft_model(model, config))
     if method.start == "text":
         text = chain.from_iterable(row["input_ids"] for row in cycle(task.train))
         if not start_from_tokens(model, list(islice(text, method.num_virtual_tokens))):

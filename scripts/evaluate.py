@@ -20,7 +20,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from recipes.common import args, errors
 from recipes.common.errors import UserError
 
-READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix")  # flags that say what a model is asked
+# Flags that say what a model is asked.
+READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
 
 
 def main():
@@ -49,7 +50,8 @@ def main():
         candidates["ensemble"] = partial(join, list(candidates.values()))
         label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
     if options.base and kind.UNTUNED_SCORES:
-        candidates = {f"{used} (untuned)": partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
+        base = "start (drawn at random)" if tasks.flags(record).from_scratch else f"{used} (untuned)"
+        candidates = {base: partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
     print(f"{len(rows)} {kind.UNIT} from {source}")
     scores = kind.evaluate(candidates, task, rows, record, options)
     scores["source"] = source

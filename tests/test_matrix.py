@@ -8,6 +8,7 @@ import torch
 from conftest import DIALOGUES
 from test_classify import ROWS as LABELLED
 from test_methods import Watched, run_recipe
+from test_pretrain import ROWS as TEXTS
 from test_tag import ROWS as TAGGED
 from test_translate import ROWS as PAIRS
 from transformers import AutoTokenizer, BertForMaskedLM
@@ -16,17 +17,18 @@ from recipes.common import models, tasks
 from recipes.common.errors import UserError
 from recipes.common.trainer import dataset_outputs
 
-ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS}
+ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS, "pretrain": TEXTS}
 METHODS = ("full", "lora", "adalora", "prefix", "adapter")
 # What a method trains, beside the new head of a task that has one.
 OWN = {"full": r".*", "lora": r".*\.lora_[AB]\.default\.weight", "adalora": r".*\.lora_[ABE]\.default",
        "prefix": r"prompt_encoder\.default\..*", "adapter": r".*\.bottleneck_(down|up)\.default\.(weight|bias)"}
 HEAD = r".*\b(classifier|score)\.modules_to_save\.default\..*"
 WORKS = {"chat": ("gpt2", "llama"), "classify": ("bert", "gpt2", "llama"), "tag": ("bert", "gpt2", "llama"),
-         "translate": ("t5", "gpt2", "llama")}
+         "translate": ("t5", "gpt2", "llama"), "pretrain": ("bert", "gpt2", "llama")}
 # Task and kind of model -> why it is refused, by every method.
 REFUSED = {("chat", "t5"): "can't be", ("chat", "bert"): "no end-of-text token", ("classify", "t5"): "is an encoder-decoder",
-           ("tag", "t5"): "is an encoder-decoder", ("translate", "bert"): "no end-of-text token"}
+           ("tag", "t5"): "is an encoder-decoder", ("translate", "bert"): "no end-of-text token",
+           ("pretrain", "t5"): "is an encoder-decoder, which learns text by filling in spans"}
 
 
 @pytest.fixture(scope="module")

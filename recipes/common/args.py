@@ -26,7 +26,7 @@ def option(default, help, **metadata):
 def trainer_option(default, help, **others):
     """A flag of `TrainingArguments` for which the recipe has a better default.
 
-    `others` are defaults for a task (`classify=1e-3`), or for a flag of the recipe that is switched on (`prefix_projection=1e-3`).
+    `others` are defaults for a task (`classify=1e-3`), or for a flag that is switched on (`prefix_projection=1e-3`).
     """
     shown = "".join(f"; {value:g} with {name}" for name, value in others.items())
     return option(default, help + shown, trainer=True, at_least=0, others=others)
@@ -40,8 +40,8 @@ class SharedArguments:
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
     columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
-    task: typing.Literal["chat", "classify", "tag", "translate"] = option("chat", "what the rows are: data/README.md holds each task's "
-                                                                          "columns")
+    task: typing.Literal["chat", "classify", "tag", "translate", "pretrain"] = option(
+        "chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)
@@ -79,11 +79,19 @@ class SharedArguments:
     instruction: str = option(None, "what a decoder-only model is told before the source (Translate to Chinese:)", task="translate")
     source_prefix: str = option(None, "what an encoder-decoder reads before the source (T5: translate English to German: )",
                                 task="translate")
+    next_sentence: bool = option(False, "encoders with BERT's head for it: also learn whether the second text of a pair follows the first",
+                                 task="pretrain")
+    from_scratch: bool = option(False, "only the architecture of --model: weights drawn at random (--seed)", task="pretrain")
+    vocab_size: int = option(None, "with --from_scratch: train a tokenizer of the model's kind, of N tokens, on the train rows (default: "
+                             "the model's own tokenizer)", task="pretrain", at_least=8)
+    config: str = option(None, "with --from_scratch: other sizes, as in num_hidden_layers=4,hidden_size=256", task="pretrain")
 
 
 @dataclass
 class Method:
     """Base of every recipe's `MethodArguments`."""
+
+    learns_from_scratch = False  # whether every weight is trained, so that --from_scratch makes sense
 
     def check(self, shared: SharedArguments, training) -> None:
         """Raise `UserError` for a combination of flags that this method can't do."""
@@ -140,12 +148,15 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
         if f.metadata.get("trainer"):
             given = any(word.split("=")[0] == f"--{f.name}" for word in argv)
             if not given:
-                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False))
+                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False)
+                           or getattr(shared, name, False))
                 setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
     training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
     _check(shared, training, argv)
+    if shared.from_scratch and not method.learns_from_scratch:
+        raise UserError("--from_scratch draws every weight at random, and this recipe would leave most of them so: use --recipe full")
     method.check(shared, training)
     return shared, method, training
 
@@ -273,6 +284,11 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
+    if shared.start_from and shared.from_scratch:
+        raise UserError("--start_from goes on from what a run has learned: leave --from_scratch out")
+    for name in ("vocab_size", "config"):
+        if getattr(shared, name) is not None and not shared.from_scratch:
+            raise UserError(f"--{name} changes a model that is trained from the beginning: add --from_scratch, or leave it out")
     if shared.replay and shared.measure_forgetting:
         raise UserError("--replay measures forgetting on its own source: leave --measure_forgetting out")
     if not 0 < shared.dev_fraction < 1:

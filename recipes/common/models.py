@@ -11,6 +11,7 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from peft import PeftModelForFeatureExtraction
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -36,6 +38,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 # Only what loading needs: no pickles, no copies in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
+START = "start"  # in a run folder: the model that a run from scratch started from
 
 
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
@@ -73,24 +76,25 @@ class HubUnreachable(UserError):
     """The model is not in the cache and the Hub does not answer."""
 
 
-def resolve(name: str, fallback: str | None = None) -> Source:
+def resolve(name: str, fallback: str | None = None, weights: bool = True) -> Source:
     """Find the files of model `name`, downloading or converting them if need be. Raises `UserError`.
 
     A folder wins over a bundled name, a bundled name over a Hub id. `fallback` is used, with a banner, only when the Hub is out of reach.
+    Without `weights`, config and tokenizer will do.
     """
     if Path(name).is_dir():
-        return Source(name, name, str(_checked_folder(Path(name))))
+        return Source(name, name, str(_checked_folder(Path(name), weights)))
     if name in BUNDLED:
         return Source(name, name, str(_bundled(name)))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such folder")
     try:
-        folder, revision = _download(name)
+        folder, revision = _download(name, weights)
         return Source(name, name, folder, revision)
     except HubUnreachable:
         if fallback is None:
             raise
-        substitute = resolve(fallback)
+        substitute = resolve(fallback, weights=weights)
         _banner(f"The Hugging Face Hub can't be reached, so {name} can't be loaded.",
                 f"This run uses {fallback} instead (--fallback_model {fallback}).")
         return Source(name, substitute.used, substitute.folder, substitute.revision)
@@ -139,7 +143,11 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
     for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
-    model.drawn_at_random = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+    # A head that is the table of tokens turned round (BERT's, for masked words) was not drawn, though parts beside it were.
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is table.weight
+    model.drawn_at_random = sorted(name for name in {name.rpartition(".")[0] for name in found["missing_keys"]}
+                                   if not (tied and any(module is head for module in model.get_submodule(name).modules())))
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
@@ -213,11 +221,21 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
-            model = PeftModel.from_pretrained(base, run)
+            model = keep_segments(PeftModel.from_pretrained(base, run))
             if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
                 model = model.merge_and_unload()
             model = model.to(dtype)
         return _ready(model, run)
+
+
+def keep_segments(model):
+    """`model`, from PEFT, whose network reads which of a row's two texts a token belongs to (token_type_ids) behind a prefix as well.
+
+    PEFT drops them there for FEATURE_EXTRACTION, as the networks of masked words count, though it keeps them for classifiers.
+    """
+    if type(model) is PeftModelForFeatureExtraction:
+        model._adjust_prompt_learning_kwargs = partial(model._adjust_prompt_learning_kwargs, remove_token_type_ids=False)
+    return model
 
 
 def source_of_run(run: Path, record: dict) -> Source:
@@ -281,6 +299,8 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not {"recipe", "model", "data", "shared_arguments", "training_arguments"} <= record.keys():
             raise ValueError("its entries are not those of a run")
+        if (run / START).is_dir():  # also where the folder was moved
+            record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute()))
         return record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{flag} {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
@@ -288,21 +308,22 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         raise UserError(f"{flag} {run}: its run.json is damaged ({error}); train again under a new name") from None
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path, weights: bool) -> Path:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {folder} holds an adapter, not a whole model: name the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: the folder has no config.json, so it is no Hugging Face model")
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"--model {folder}: the folder has no .safetensors weights; pickled weights are not loaded, convert them first")
     return folder
 
 
-def _download(name: str) -> tuple[str, str]:
+def _download(name: str, weights: bool) -> tuple[str, str]:
     """(folder of the snapshot, commit). Asks the Hub first, so that a wrong name and a missing network are told apart."""
+    wanted = HUB_FILES if weights else [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
     try:
         revision = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
-        return snapshot_download(name, revision=revision, allow_patterns=HUB_FILES), revision
+        return snapshot_download(name, revision=revision, allow_patterns=wanted), revision
     except GatedRepoError:
         raise UserError(f"--model {name}: accept its licence on the Hub and log in first (hf auth login)") from None
     except RepositoryNotFoundError:
@@ -311,7 +332,7 @@ def _download(name: str) -> tuple[str, str]:
         raise UserError(f"--model {name}: neither a folder nor a name that the Hub allows") from None
     except (HfHubHTTPError, OSError, RuntimeError, *_network_errors()) as error:
         try:
-            folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+            folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
         except (LocalEntryNotFoundError, OSError):
             raise HubUnreachable(
                 f"--model {name} is not in the cache and the Hugging Face Hub can't be reached ({type(error).__name__}): use a bundled "

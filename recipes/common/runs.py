@@ -40,8 +40,9 @@ def start(shared, method, training) -> None:
     if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
         raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
                         "or continue it with --resume_from_checkpoint")
-    # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint.
-    if not asked and folder.is_dir() and any(path.name != "runs" for path in folder.iterdir()):
+    # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint; from scratch, "start" as well.
+    left = {"runs", "start"} if shared.from_scratch else {"runs"}
+    if not asked and folder.is_dir() and any(path.name not in left for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files that are no run's, which could be overwritten: name a new folder")
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
     _use_all_cores(training)
@@ -134,11 +135,15 @@ def finish(trainer, task, shared, method) -> None:
         "hardware": hardware(),
         "history": history,
     }
+    if task.name == "pretrain":
+        record["flops"] = flops(record["tokens"], record["trainable_parameters"], record["total_parameters"])
     write(folder, record)
     trained, total = record["trainable_parameters"], record["total_parameters"]
     print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
           f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))
+    if "flops" in record:
+        print(f"about {record['flops']:.2e} floating point operations for {record['tokens']:,} tokens")
     if trainer.forgetting:
         before, after = trainer.forgetting["before"], trainer.forgetting["after"]
         print("old rows, before -> after: "
@@ -148,6 +153,16 @@ def finish(trainer, task, shared, method) -> None:
                         f"({folder} is kept for inspection)")
     print(f"saved in {folder}; next:\n  {python()} scripts/evaluate.py --run {folder} --base"
           + (f"\n  {python()} scripts/chat.py --run {folder}" if task.name == "chat" else ""))
+
+
+def flops(tokens: int, trained: int, total: int) -> int:
+    """Floating point operations of a training, about: 2 a parameter and token forward, 2 backward through every parameter, 2 more for the
+    gradient of each one that is trained (Kaplan et al., 2020, arXiv:2001.08361, section 2.1: 6 N a token where all are).
+
+    Not in it: attention scores, evaluations, and the further passes of --adversarial and --r_drop. The table of tokens counts as if
+    it were multiplied, which it is where the output head shares it, on every token that is predicted.
+    """
+    return tokens * (4 * total + 2 * trained)
 
 
 def write(folder: Path, record: dict) -> None:

@@ -10,6 +10,7 @@ Four things differ, each in one place:
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class RecipeTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if task.old is not None:
             callbacks.append(BeforeTraining(self))
+        callbacks += task.callbacks
         if args.bf16:
             _hold_frozen_in_bf16(model)
         self.task, self.shared, self.forgetting = task, shared, {}
@@ -121,12 +123,12 @@ class RecipeTrainer(Trainer):
         return optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, (sums, ...), labels): `sums` is (batch, 2), a row's negative log-likelihood in nats and its number of items; after it
-        come the task's own outputs."""
+        """(None, (sums, ...), labels): `sums` are those of losses.row_sums, a row's negative log-likelihood in nats and its number of
+        items; after it come the task's own outputs."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             parts = self._parts(model, inputs)
-        return None, (losses.row_sums(parts), *self.task.outputs(parts)), inputs["labels"]
+        return None, (losses.row_sums(parts, inputs.get("bytes")), *self.task.outputs(parts)), inputs["labels"]
 
     def _summed(self, parts) -> torch.Tensor:
         return sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts)
@@ -250,7 +252,7 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
             choose_attention(losses.network(member), inputs["input_ids"].shape[1])
             passes.append(task.loss(member, inputs))
         parts = passes[0] if len(passes) == 1 else losses.average(passes)
-        columns = [tensor.cpu().numpy() for tensor in (losses.row_sums(parts), *task.outputs(parts))]
+        columns = [tensor.cpu().numpy() for tensor in (losses.row_sums(parts, inputs.get("bytes")), *task.outputs(parts))]
         for j, *values in zip(batch, *columns, strict=True):
             out[j] = tuple(values)
         batch = []
@@ -258,9 +260,13 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
 
 
 def mean_loss(sums: np.ndarray) -> dict[str, float]:
-    """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2)."""
-    nll, items = sums.sum(axis=0)
-    return {"loss": float(nll / items), "perplexity": perplexity(nll, items)}
+    """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2).
+
+    With the bytes of their text, (rows, 3), also bits per byte, which compares models whose tokens differ.
+    """
+    nll, items, *text_bytes = sums.sum(axis=0)
+    per_byte = {"bits_per_byte": float(nll / math.log(2) / text_bytes[0])} if text_bytes else {}
+    return {"loss": float(nll / items), "perplexity": perplexity(nll, items), **per_byte}
 
 
 def _has_dropout(model) -> bool:

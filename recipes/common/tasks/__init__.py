@@ -44,6 +44,7 @@ class Task:
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
+    callbacks: list = field(default_factory=list)  # that the task needs while training
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
@@ -85,8 +86,10 @@ def load(shared, training) -> Task:
         source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
         facts = _facts_of_run(record, shared, facts)
     else:
-        source = models.resolve(shared.model, shared.fallback_model)
+        source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
         tokenizer = models.load_tokenizer(source)
+        if shared.from_scratch:
+            source, tokenizer = kind.from_scratch(shared, training, source, tokenizer, splits["train"].rows[: shared.max_train_samples])
     task = _make(kind, shared, source, tokenizer, facts)
     task.report |= {"max_length": task.max_length, "splits": {}, **replayed}
     if shared.start_from:
