@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,15 +234,15 @@ def sentences_in(task, feature, segment):
 
 
 def test_pairs_are_half_consecutive_and_no_sentence_is_lost(tiny):
-    task = task_for(tiny("bert"), next_sentence=True)
-    texts = [{"text": "。".join("订单号卡退货天"[(i + j) % 7] * (i + 1) for j in range(6)) + "。"} for i in range(12)]
+    task = task_for(tiny("bert"), next_sentence=True, max_length=32)
+    texts = [{"text": "。".join("订单号卡退货丢"[(i + j) % 7] * (i + 1) for j in range(6)) + "。"} for i in range(12)]
     features, counts = task.encode(texts, "x", training=True)
     plain = [task.tokenizer.decode(task.tokenizer(row["text"], add_special_tokens=False)["input_ids"]) for row in texts]
     answers, own = Counter(features["next_sentence"]), ""
-    assert abs(answers[0] - answers[1]) <= len(texts) and answers[0] > 10 and answers[IGNORE] == 0
+    assert abs(answers[0] - answers[1]) <= 3 and answers[0] > 10 and answers[IGNORE] == 0
     for feature in features:
         first, second = sentences_in(task, feature, 0), sentences_in(task, feature, 1)
-        assert len(feature["input_ids"]) <= 96 and first and second
+        assert len(feature["input_ids"]) <= 32 and first and second
         together = any(f"{first} {second}" in text for text in plain)
         assert together == (feature["next_sentence"] == 0)
         own += f"{first} {second} " if feature["next_sentence"] == 0 else f"{first} "
@@ -357,19 +358,19 @@ def test_a_run_records_what_it_read_and_what_it_computed_and_is_evaluated(tiny, 
     scores = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
     assert scores["columns"] == ["loss", "perplexity", "bits/byte"]
     assert {row["language"]: row["count"] for row in scores["table"] if row["model"] == "lora"} == {"en": 3, "zh": 2, "all": 5}
-    assert len(scores["samples"]) == 3 and [who for who, _ in scores["samples"][0]] == ["text", "right", f"{tiny('gpt2')} (untuned)", "lora"]
+    assert len(scores["samples"]) == 3
+    assert [who for who, _ in scores["samples"][0]] == ["text", "right", f"{tiny('gpt2')} (untuned)", "lora"]
     assert ROWS[0]["text"].startswith(scores["samples"][0][0][1]) and scores["samples"][0][1][1] in ROWS[0]["text"]
     assert "bits/byte" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_encoder_learns_its_words_by_heart_and_fills_them_in(tiny, folder, tmp_path):
     run = tmp_path / "run"
-    run_recipe("full", tiny("bert"), folder, run, *PLAIN, "--max_steps", "250", "--learning_rate", "1e-2", "--next_sentence",
-               "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
+    run_recipe("full", tiny("bert"), folder, run, *PLAIN, "--max_steps", "300", "--learning_rate", "5e-3",
+               "--model_dropout", "0", "--warmup_steps", "20", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
     result = call("scripts/evaluate.py", "--run", run, "--dtype", "float32", "--base")
     assert result.code == 0, result.err
     scores = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
-    assert scores["columns"][-1] == "next"
     table = {(row["language"], row["model"]): row["values"] for row in scores["table"]}
     assert table["all", "full"][0] < 1 < table["all", f"{tiny('bert')} (untuned)"][0]
     for sample in scores["samples"]:
@@ -395,6 +396,9 @@ def test_a_peft_method_reads_which_text_a_token_belongs_to_and_trains_a_new_head
             one = task.loss(model, batch)[1].logits
             assert not torch.allclose(one, task.loss(model, {**batch, "token_type_ids": 0 * batch["token_type_ids"]})[1].logits)
         torch.testing.assert_close(one, task.loss(trainer.model, batch)[1].logits, rtol=1e-4, atol=1e-5)
+    scores = pretrain.evaluate({"run": lambda: loaded}, task, ROWS, {}, SimpleNamespace(samples=2))
+    assert scores["columns"] == ["loss", "perplexity", "bits/byte", "next"] and len(scores["samples"]) == 2
+    assert all(0 <= row["values"][3] <= 100 for row in scores["table"]) and [row["language"] for row in scores["table"]][-1] == "all"
 
 
 def test_the_new_parts_of_a_tied_head_are_trained_without_it(tiny, folder, tmp_path):
@@ -423,7 +427,7 @@ SMALL = ("--from_scratch", "--vocab_size", "300", "--config", "hidden_size=16,nu
 def test_a_model_from_scratch_is_drawn_by_the_seed_and_found_again(kind, tiny, folder, tmp_path):
     sizes = SMALL if kind == "bert" else (*SMALL[:1], "--vocab_size", "290", *SMALL[3:])
     small = {"gpt2": sizes, "llama": (*sizes[:-1], sizes[-1] + ",num_key_value_heads=1,head_dim=8"),
-             "bert": (*SMALL[:1], "--vocab_size", "60", *SMALL[3:-1], SMALL[-1] + ",intermediate_size=8")}[kind]
+             "bert": (*SMALL[:1], "--vocab_size", "90", *SMALL[3:-1], SMALL[-1] + ",intermediate_size=8")}[kind]
     config = tmp_path / "model"  # config and tokenizer alone: no weight is read
     shutil.copytree(tiny(kind), config, ignore=shutil.ignore_patterns("*.safetensors"))
     starts = []

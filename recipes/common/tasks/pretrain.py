@@ -227,8 +227,8 @@ def encode_masked(rows: list[dict], name: str, on_bad_row: str = "stop", trainin
                          + (f"; {pairs[IGNORE]} rows have one text and are not asked" if pairs[IGNORE] else ""))
     for number, feature in enumerate(features):
         feature["row"] = number
-    counts = {"unit": UNIT, "rows": len(rows), "kept": len(rows) - len(left_out), "left_out": left_out, "refused": {}, "items": "words", "shortened": 0,
-              "tokens": sum(len(feature["input_ids"]) for feature in features), "supervised": drawn,
+    counts = {"unit": UNIT, "rows": len(rows), "kept": len(rows) - len(left_out), "left_out": left_out, "refused": {}, "items": "words",
+              "shortened": 0, "tokens": sum(len(feature["input_ids"]) for feature in features), "supervised": drawn,
               "bytes": sum(sum(feature["sizes"]) for feature in features), "blocks": len(features), "sentences": sentences}
     if not training:
         features = [draw(feature, (FIXED, FIXED, feature["row"])) for feature in features]
@@ -307,12 +307,21 @@ def _pairs(documents: list[list[list]], tokenizer, room: int) -> list[dict]:
                 second, answer, middle = sum(document[middle:stop], []), 0, stop
             elif len(documents) > 1:
                 other = documents[(number + int(rng.integers(1, len(documents)))) % len(documents)]
-                stranger = sum(other[int(rng.integers(len(other))):], [])
-                second, answer = next(_cut(stranger, room - _length(first))), 1
+                second, answer = _opening(other[int(rng.integers(len(other))):], room - _length(first)), 1
             counts[answer] += 1
             features.append(_feature(tokenizer, first, second, answer))
             start = middle
     return features
+
+
+def _opening(sentences: list[list], room: int) -> list:
+    """The words of as many whole sentences as fit into `room` tokens, or as much of the first one as does."""
+    words = []
+    for sentence in sentences:
+        if words and _length(words) + _length(sentence) > room:
+            break
+        words = words + sentence
+    return next(_cut(words, room))
 
 
 def sentences_of(text: str) -> list[str]:
