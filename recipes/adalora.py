@@ -66,7 +66,7 @@ def main():
 
     runs.start(shared, method, training)
     task = tasks.load(shared, training)
-    model, callbacks = adapt(task.load_model(), task, method, training)
+    model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
     trainer = RecipeTrainer(
         model=model,
         args=training,

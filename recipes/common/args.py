@@ -85,6 +85,8 @@ class SharedArguments:
 class Method:
     """Base of every recipe's `MethodArguments`."""
 
+    load_in_4bit = False  # a method that freezes the matrices may have a flag of this name
+
     def check(self, shared: SharedArguments, training) -> None:
         """Raise `UserError` for a combination of flags that this method can't do."""
 

@@ -24,7 +24,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipes.common import chat
@@ -145,6 +152,24 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
     return model
 
 
+def check_4bit(device: torch.device) -> None:
+    """Raise `UserError` where no model can be held in 4 bits: without an NVIDIA GPU, or without the package that does it."""
+    if device.type != "cuda":
+        raise UserError(f"--load_in_4bit needs an NVIDIA GPU, and this run is on {device.type}: leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs a package that is not installed: pip install bitsandbytes==0.49.2")
+
+
+def quantization(peft_type: str | None) -> BitsAndBytesConfig:
+    """The 4 bits of QLoRA (arXiv:2305.14314): normal floats, their scales quantised once more, products in 16 bits.
+
+    New heads and poolers stay as they are, since they are trained whole. For a language model transformers leaves the head out by itself.
+    """
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16 if native_bf16() else torch.float16,
+                              llm_int8_skip_modules=[*HEADS, "pooler"] if peft_type in ("SEQ_CLS", "TOKEN_CLS") else None)
+
+
 def generation_config(tokenizer, **options) -> GenerationConfig:
     """Greedy decoding that ends with the assistant's turn, whatever sampling the checkpoint's own config suggests."""
     ends = sorted({tokenizer.eos_token_id, chat.end_of_turn_id(tokenizer)})
@@ -213,6 +238,8 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
+            if record.get("method_arguments", {}).get("load_in_4bit"):
+                print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
             model = PeftModel.from_pretrained(base, run)
             if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
                 model = model.merge_and_unload()

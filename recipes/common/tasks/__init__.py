@@ -53,9 +53,10 @@ class Task:
     method_report: dict = field(default_factory=dict)  # what a method has to say after the training
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
 
-    def load_model(self):
-        """The model that training starts from."""
-        model = models.load(self.source, self.auto_class, **self.config | self.dropout)
+    def load_model(self, in_4bit: bool = False):
+        """The model that training starts from; `in_4bit`: its frozen matrices in 4 bits."""
+        quantized = {"quantization_config": models.quantization(self.peft_type)} if in_4bit else {}
+        model = models.load(self.source, self.auto_class, **self.config | self.dropout | quantized)
         if self.generation:
             model.generation_config = self.generation
         self.drawn_at_random = model.drawn_at_random
