@@ -48,6 +48,10 @@ HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
 
 
+# How a model reads: what `kind` answers, and what it is called.
+KINDS = {"decoder": "a decoder-only model (GPT-2, Llama)", "encoder": "an encoder (BERT)", "encoder-decoder": "an encoder-decoder (T5)"}
+
+
 @dataclass(frozen=True)
 class Bundled:
     """A model that a Python package carries: a GGUF file to convert, or a ready folder."""
@@ -125,7 +129,7 @@ def window(source: Source) -> int | None:
 
 
 def kind(source: Source) -> str:
-    """How the model reads: "decoder" (GPT-2, Llama: from left to right), "encoder" (BERT: both ways at once) or "encoder-decoder" (T5)."""
+    """One of KINDS: "decoder" (reads from left to right), "encoder" (both ways at once) or "encoder-decoder"."""
     found = config(source)
     if found.is_encoder_decoder:
         return "encoder-decoder"
@@ -246,11 +250,8 @@ def train_top_layers(model, count: int) -> None:
     """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
 
     Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
-    Raises `UserError` if the model has fewer blocks, or is an encoder-decoder: its top is half of each of two stacks.
+    Raises `UserError` if the model has fewer blocks.
     """
-    if model.config.is_encoder_decoder:
-        raise UserError("--train_top_layers: an encoder-decoder has two stacks of blocks, so its top layers are not defined; leave it out, "
-                        "or train less with --recipe lora or adapter")
     parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
                         if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
     blocks = getattr(parent, name)
