@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from recipes import adapter, full, lora, prefix
+from recipes import adalora, adapter, full, lora, prefix
 from recipes.common import args, generation, models, runs, tasks
 from recipes.common import trainer as trainer_module
 from recipes.common.chat import prompt
@@ -29,6 +29,7 @@ VARIANTS = {
     "lora": ("lora",),
     "lora-dora": ("lora", "--use_dora"),
     "lora-rslora": ("lora", "--use_rslora"),
+    "adalora": ("adalora", "--init_rank", "8", "--target_rank", "6", "--every", "1"),
     "prefix": ("prefix",),
     "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
     "adapter": ("adapter",),
@@ -45,6 +46,7 @@ KV_WIDTH = {"gpt2": 32, "llama": 16}
 OWN = {
     "lora": {kind: r".*\.lora_[AB]\.default\.weight" for kind in KINDS},
     "lora-dora": {kind: r".*\.lora_([AB]\.default|magnitude_vector\.default)\.weight" for kind in KINDS},
+    "adalora": {kind: r".*\.lora_[ABE]\.default" for kind in KINDS},
     "prefix": {kind: r"prompt_encoder\.default\..*" for kind in KINDS},
     "adapter": {kind: r".*\.bottleneck_(down|up)\.default\.(weight|bias)" for kind in KINDS},
     "full": {kind: ".*" for kind in KINDS},
@@ -125,7 +127,7 @@ def reply(model, tokenizer):
 
 
 def stub_task(max_length=160):
-    return SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=max_length,
+    return SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=max_length, method_report={},
                            train=[{"input_ids": [5, 6, 7]}])
 
 
@@ -134,6 +136,8 @@ def closed_formula(variant, kind):
     kv, total = KV_WIDTH[kind], 2 * LAYERS * KV_WIDTH[kind]
     if variant.startswith("lora"):  # DoRA's lengths: one an output
         return LAYERS * sum(RANK * (inputs + outputs) + (outputs if "dora" in variant else 0) for inputs, outputs in LINEAR[kind])
+    if variant == "adalora":  # and the singular values
+        return LAYERS * sum(RANK * (inputs + outputs + 1) for inputs, outputs in LINEAR[kind])
     if variant == "prefix":
         return TOKENS * total
     if variant == "prefix-projection":
@@ -153,11 +157,12 @@ def test_exactly_the_method_s_parameters_change(variant, kind, finished, tiny):
     own = re.compile((OWN.get(variant) or OWN[variant.split("-")[0]])[kind])
     after = dict(trainer.model.named_parameters())
     changed = {name for name, p in after.items() if not torch.equal(p, trainer.before[name])}
+    changed |= {name for name, p in after.items() if name.endswith(".lora_E.default") and not p.any()}  # grown, then taken away again
     assert changed == {name for name in after if own.fullmatch(name)} == {name for name, p in after.items() if p.requires_grad}
 
     inner = trainer.model if variant.startswith("full") else trainer.model.get_base_model()
     shipped = dict(base(tiny, kind).named_parameters())
-    frozen = {name.replace(".base_layer", ""): p for name, p in inner.named_parameters() if not p.requires_grad}
+    frozen = {name.replace(".base_layer", ""): p for name, p in inner.named_parameters() if not p.requires_grad and "ranknum" not in name}
     assert all(torch.equal(p, shipped[name]) for name, p in frozen.items())
     if not variant.startswith("full"):
         assert frozen.keys() == shipped.keys()
@@ -172,19 +177,22 @@ def test_trainable_count_is_the_closed_formula(variant, kind, finished, tiny):
     record = models.read_record(folder)
     assert record["trainable_parameters"] == expected
     added = 0 if variant.startswith("full") else expected
+    if variant == "adalora":  # PEFT keeps the rank that each matrix began with, a frozen number
+        added += LAYERS * len(LINEAR[kind])
     assert record["total_parameters"] == sum(p.numel() for p in base(tiny, kind).parameters()) + added
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3"])
-@pytest.mark.parametrize(("recipe", "flags"), [(lora, {}), (lora, {"use_dora": True}), (lora, {"use_rslora": True}), (adapter, {})])
+@pytest.mark.parametrize(("recipe", "flags"), [(lora, {}), (lora, {"use_dora": True}), (lora, {"use_rslora": True}), (adapter, {}),
+                                               (adalora, {})])
 def test_a_new_lora_or_adapter_is_the_identity(recipe, flags, kind, tiny):
     expected = logits(base(tiny, kind))
     set_seed(1)
-    model, _ = recipe.adapt(base(tiny, kind), stub_task(), recipe.MethodArguments(**flags), None)
+    model, _ = recipe.adapt(base(tiny, kind), stub_task(), recipe.MethodArguments(**flags), SimpleNamespace(max_steps=10, process_index=0))
     assert torch.equal(logits(model.eval()), expected)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "bottleneck_up" in name:
+            if any(start in name for start in (("lora_E",) if recipe is adalora else ("lora_B", "bottleneck_up"))):
                 parameter.add_(1e-3)
     assert not torch.equal(logits(model), expected)  # the comparison sees the smallest start that is none
 
@@ -219,9 +227,9 @@ def test_the_libraries_own_loaders_read_a_run(variant, kind, finished, tiny):
 
 
 def assert_same(variant, got, expected):
-    """Bit for bit; but PEFT saves what a projection amounts to, computed once rather than for each row of the batch, and its own forward
-    rounds a scale that is no power of two elsewhere than the fused one."""
-    if variant in ("prefix-projection", "lora-rslora"):
+    """Bit for bit; but PEFT saves what a projection amounts to, computed once rather than for each row of the batch, and AdaLoRA's matrices
+    without the rows taken away; and its own forward rounds a scale that is no power of two elsewhere than the fused one."""
+    if variant in ("prefix-projection", "lora-rslora", "adalora"):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     else:
         assert torch.equal(got, expected)

@@ -284,7 +284,10 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
             if record.get("method_arguments", {}).get("load_in_4bit"):
                 print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
-            model = PeftModel.from_pretrained(base, run)
+            with warnings.catch_warnings():
+                # PEFT looks for AdaLoRA's ranks under LoRA's names, warns that it found none, and then takes them from AdaLoRA's own.
+                warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match .*: \['[^']*\.lora_E'", RuntimeWarning)
+                model = PeftModel.from_pretrained(base, run)
             if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
                 model = model.merge_and_unload()
             model = model.to(dtype)
