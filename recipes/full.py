@@ -28,6 +28,11 @@ class MethodArguments(args.Method):
         if shared.from_scratch and self.train_top_layers is not None:
             raise UserError("--train_top_layers would leave the lower layers as --from_scratch draws them: leave it out")
 
+    def refuses(self, task, kind):
+        if kind == "encoder-decoder" and self.train_top_layers is not None:
+            return ("has two stacks of blocks, so its top layers are not defined: leave --train_top_layers out, or train less with "
+                    "--recipe lora or adapter")
+
 
 def adapt(model, task, method, training):
     """Choose what is trained. Returns the model and the Trainer callbacks that it needs."""
@@ -44,8 +49,8 @@ def main():
     from recipes.common.trainer import RecipeTrainer
 
     runs.start(shared, method, training)
-    task = tasks.load(shared, training)
-    model, callbacks = adapt(task.load_model(), task, method, training)
+    task = tasks.load(shared, method, training)
+    model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
     trainer = RecipeTrainer(
         model=model,
         args=training,

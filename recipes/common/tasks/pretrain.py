@@ -34,6 +34,11 @@ from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 512
 UNIT = "texts"
+MODELS = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForMaskedLM,
+    "encoder-decoder": "learns text by filling in spans, which is not offered: use a decoder-only model or an encoder",
+}
 UNTUNED_SCORES = True  # a pretrained model can be asked the same
 # The token that ended a text when the model was pretrained, where its tokenizer has it: a chat model's own end is that of a turn.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
@@ -80,14 +85,10 @@ def make(shared, source, tokenizer, facts) -> Task:
 
 
 def _auto_class(shared, source):
-    """Which of transformers' classes learns this. By the model's kind, as the classes would load what they can't train."""
-    kind = models.kind(source)
-    if kind == "encoder-decoder":
-        raise UserError(f"--task pretrain: {source.used} is an encoder-decoder, which learns text by filling in spans, and that is not "
-                        "offered: use a decoder-only model or an encoder")
+    """Which of transformers' classes learns this. By the model's kind, as the classes load what they can't train without complaint."""
     if not shared.next_sentence:
-        return AutoModelForCausalLM if kind == "decoder" else AutoModelForMaskedLM
-    if kind == "decoder" or type(models.config(source)) not in MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING:
+        return MODELS[models.kind(source)]
+    if type(models.config(source)) not in MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING:
         raise UserError(f"--next_sentence: {source.used} has no head for it, as BERT has: leave it out")
     return AutoModelForPreTraining
 
