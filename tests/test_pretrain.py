@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from test_cli import call
 from test_methods import run_recipe
 from test_resume import Killed, curve, same, trained
 from tokenizers.processors import TemplateProcessing
+from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
@@ -180,6 +182,16 @@ def test_the_words_drawn_depend_on_seed_epoch_and_row_and_on_nothing_else(tiny):
     assert torch.equal(collated(task, dev)["labels"], collated(task, dev, epoch=5, seed=3)["labels"])
 
 
+def test_workers_that_stay_alive_hear_of_the_epoch(tiny):
+    task = task_for(tiny("bert"))
+    features = raw(task)
+    loader = DataLoader(features, batch_size=len(features), collate_fn=task.collate, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        task.callbacks[0].on_epoch_begin(SimpleNamespace(seed=1), SimpleNamespace(epoch=float(epoch)), None)
+        [batch] = loader
+        assert torch.equal(batch["labels"], collated(task, features, epoch=epoch)["labels"])
+
+
 def test_of_all_words_15_percent_are_drawn_whole_and_their_tokens_masked_replaced_or_kept(tiny):
     task = task_for(tiny("bert"), max_length=256)
     [feature] = raw(task, [{"text": " ".join(["orders arrived 退货 openness, please"] * 12)}])
@@ -320,7 +332,7 @@ class Interrupted(RecipeTrainer):
         super().__init__(callbacks=[*callbacks, KillInStep8()], **kwargs)
 
 
-@pytest.mark.parametrize("flags", [("--dataloader_num_workers", "1"), ("--next_sentence",)], ids=["words", "pairs"])
+@pytest.mark.parametrize("flags", [(), ("--next_sentence",)], ids=["words", "pairs"])
 def test_a_run_that_draws_words_resumes_exactly(flags, tiny, folder, tmp_path):
     through = run_recipe("full", tiny("bert"), folder, tmp_path / "through", *STEPS, *flags)
     with pytest.raises(Killed):
@@ -364,19 +376,19 @@ def test_a_run_records_what_it_read_and_what_it_computed_and_is_evaluated(tiny, 
     assert "bits/byte" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_encoder_learns_its_words_by_heart_and_fills_them_in(tiny, folder, tmp_path):
-    run = tmp_path / "run"
-    run_recipe("full", tiny("bert"), folder, run, *PLAIN, "--max_steps", "300", "--learning_rate", "5e-3",
-               "--model_dropout", "0", "--warmup_steps", "20", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
-    result = call("scripts/evaluate.py", "--run", run, "--dtype", "float32", "--base")
-    assert result.code == 0, result.err
-    scores = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
+def test_an_encoder_learns_its_words_by_heart_and_fills_them_in(tiny, write_jsonl, tmp_path):
+    for split in ("train", "dev"):
+        write_jsonl(ROWS[:2], f"{split}.jsonl")
+    trainer = run_recipe("full", tiny("bert"), tmp_path, tmp_path / "run", *PLAIN, "--max_steps", "160", "--learning_rate", "5e-3",
+                         "--model_dropout", "0", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
+    task = trainer.task
+    candidates = {"untuned": lambda: task.load_model().eval(), "tuned": lambda: trainer.model.eval()}
+    scores = pretrain.evaluate(candidates, task, ROWS[:2], {}, SimpleNamespace(samples=2))
     table = {(row["language"], row["model"]): row["values"] for row in scores["table"]}
-    assert table["all", "full"][0] < 1 < table["all", f"{tiny('bert')} (untuned)"][0]
-    for sample in scores["samples"]:
-        told = dict(sample)
-        assert told["text"].count("[MASK]") == len(told["right"].split()) == len(told["full"].split())
-    assert sum(dict(sample)["right"] == dict(sample)["full"] for sample in scores["samples"]) >= 2
+    assert table["all", "tuned"][0] < 1.5 < 4 < table["all", "untuned"][0]
+    told = [dict(sample) for sample in scores["samples"]]
+    assert all(one["text"].count("[MASK]") == len(one["right"].split()) == len(one["tuned"].split()) for one in told)
+    assert any(one["right"] == one["tuned"] for one in told) and all(one["right"] != one["untuned"] for one in told)
 
 
 @pytest.mark.parametrize("recipe", ["prefix", "lora", "adapter"])
@@ -420,33 +432,44 @@ def test_an_encoder_decoder_is_refused_before_anything_is_written(tiny, folder, 
 
 # ------------------------------------------------------------------------------------------------------------ from scratch
 
-SMALL = ("--from_scratch", "--vocab_size", "300", "--config", "hidden_size=16,num_hidden_layers=1,num_attention_heads=2")
+MODEL = pretrain.MODELS["decoder"]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
-def test_a_model_from_scratch_is_drawn_by_the_seed_and_found_again(kind, tiny, folder, tmp_path):
-    sizes = SMALL if kind == "bert" else (*SMALL[:1], "--vocab_size", "290", *SMALL[3:])
-    small = {"gpt2": sizes, "llama": (*sizes[:-1], sizes[-1] + ",num_key_value_heads=1,head_dim=8"),
-             "bert": (*SMALL[:1], "--vocab_size", "90", *SMALL[3:-1], SMALL[-1] + ",intermediate_size=8")}[kind]
-    config = tmp_path / "model"  # config and tokenizer alone: no weight is read
+OF_KIND = {"gpt2": ("290", "n_embd=16,n_layer=1,n_head=2"),
+           "llama": ("290", "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=1,head_dim=8"),
+           "bert": ("90", "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=8")}
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_a_model_from_scratch_has_the_sizes_and_the_vocabulary_asked_for_and_is_found_again(kind, tiny, folder, tmp_path):
+    size, sizes = OF_KIND[kind]
+    config, run = tmp_path / "model", tmp_path / "run"  # config and tokenizer alone: no weight is read
     shutil.copytree(tiny(kind), config, ignore=shutil.ignore_patterns("*.safetensors"))
-    starts = []
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run_recipe("full", config, folder, tmp_path / name, *PLAIN, *small, "--max_steps", "1", "--seed", seed)
-        starts.append(models.load(models.resolve(str(tmp_path / name / "start")), task_for(tiny(kind)).auto_class).state_dict())
-    assert same(starts[0], starts[1]) and not same(starts[0], starts[2])
-    record = models.read_record(tmp_path / "a")
-    task = tasks.of_run(record, models.load_run_tokenizer(tmp_path / "a"))
-    size = int(small[2])
-    assert len(task.tokenizer) <= size and task.tokenizer("Where is my order?")["input_ids"]
-    model = models.load_run(tmp_path / "a", torch.float32, task.auto_class)
-    assert model.config.vocab_size == len(task.tokenizer) and model.config.num_hidden_layers == 1 and model.config.hidden_size == 16
+    trainer = run_recipe("full", config, folder, run, *PLAIN, "--from_scratch", "--vocab_size", size, "--config", sizes, "--max_steps", "1")
+    record = models.read_record(run)
+    task = tasks.of_run(record, models.load_run_tokenizer(run))
+    model = models.load_run(run, torch.float32, task.auto_class)
+    assert len(task.tokenizer) == model.config.vocab_size == int(size)
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 16)
     assert model.config.eos_token_id == task.tokenizer.eos_token_id
-    assert record["model"]["requested"] == str(config)
+    assert same(model.state_dict(), trainer.model.state_dict())
+    assert record["model"]["requested"] == str(config) and trainer.args.learning_rate == 1e-3
 
 
-def test_the_start_of_a_run_that_was_moved_is_found_by_evaluate_and_chat_is_no_task_of_it(tiny, folder, tmp_path):
-    run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, *SMALL[:1], "--vocab_size", "290", *SMALL[3:], "--max_steps", "2")
+def test_the_weights_are_drawn_by_the_seed(tiny, tmp_path):
+    source = models.resolve(str(tiny("gpt2")))
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        training = SimpleNamespace(output_dir=str(tmp_path / name), seed=seed, resume_from_checkpoint=None, process_index=0,
+                                   main_process_first=lambda desc: nullcontext())
+        torch.manual_seed(len(states))  # what was drawn before does not matter
+        start = scratch.start(args.SharedArguments(task="pretrain"), training, source, models.load_tokenizer(source), MODEL, [])
+        states.append(models.load(start, MODEL).state_dict())
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+def test_the_start_of_a_run_that_was_moved_is_found_by_evaluate(tiny, folder, tmp_path):
+    run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--vocab_size", "290", "--max_steps", "2")
     shutil.move(tmp_path / "run", tmp_path / "moved")
     result = call("scripts/evaluate.py", "--run", tmp_path / "moved", "--base", "--dtype", "float32", "--max_new_tokens", "4")
     assert result.code == 0 and "start (drawn at random)" in result.out, result.err
