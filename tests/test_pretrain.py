@@ -233,8 +233,18 @@ def test_long_texts_become_rows_cut_between_words_and_nothing_is_lost(tiny):
 def test_a_text_without_a_word_is_counted(tiny):
     _, counts = task_for(tiny("bert")).encode([*ROWS, {"text": "\u200b\u200d"}], "x")
     assert (counts["left_out"], counts["kept"]) == ([6], 5) and any("1 texts hold no word" in sentence for sentence in counts["sentences"])
-    with pytest.raises(UserError, match="finds no word"):
-        task_for(tiny("bert")).encode([{"text": "\x00\x01"}], "x")
+    with pytest.raises(UserError, match="knows no word"):
+        task_for(tiny("bert")).encode([{"text": "\x00\x01"}, {"text": "ξένος"}], "x")
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_and_never_asked_for(tiny):
+    task = task_for(tiny("bert"))
+    features, counts = task.encode([{"text": "orders ξένος arrived"}, {"text": "ξένος ξένος"}, {"text": "please"}], "x", training=True)
+    assert [feature["words"] for feature in features] == [[-1, 0, 0, -1, 1, 1, 1, 1, -1], [-1, 0, -1]]
+    assert any("3 of 16 tokens are unknown" in sentence and "1 rows of nothing else are left out" in sentence
+               for sentence in counts["sentences"])
+    for epoch in range(20):
+        assert task.tokenizer.unk_token_id not in collated(task, features, epoch=epoch)["labels"]
 
 
 # ------------------------------------------------------------------------------------------------------- next sentences
@@ -377,18 +387,20 @@ def test_a_run_records_what_it_read_and_what_it_computed_and_is_evaluated(tiny, 
 
 
 def test_an_encoder_learns_its_words_by_heart_and_fills_them_in(tiny, write_jsonl, tmp_path):
+    rows = [{"text": "Are you open? Yes, until nine."}, {"text": "好的，请告诉我订单号。"}]
     for split in ("train", "dev"):
-        write_jsonl(ROWS[:2], f"{split}.jsonl")
-    trainer = run_recipe("full", tiny("bert"), tmp_path, tmp_path / "run", *PLAIN, "--max_steps", "160", "--learning_rate", "5e-3",
+        write_jsonl(rows, f"{split}.jsonl")
+    trainer = run_recipe("full", tiny("bert"), tmp_path, tmp_path / "run", *PLAIN, "--max_steps", "200", "--learning_rate", "5e-3",
                          "--model_dropout", "0", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
     task = trainer.task
     candidates = {"untuned": lambda: task.load_model().eval(), "tuned": lambda: trainer.model.eval()}
-    scores = pretrain.evaluate(candidates, task, ROWS[:2], {}, SimpleNamespace(samples=2))
+    scores = pretrain.evaluate(candidates, task, rows, {}, SimpleNamespace(samples=2))
     table = {(row["language"], row["model"]): row["values"] for row in scores["table"]}
     assert table["all", "tuned"][0] < 1.5 < 4 < table["all", "untuned"][0]
     told = [dict(sample) for sample in scores["samples"]]
     assert all(one["text"].count("[MASK]") == len(one["right"].split()) == len(one["tuned"].split()) for one in told)
-    assert any(one["right"] == one["tuned"] for one in told) and all(one["right"] != one["untuned"] for one in told)
+    right = {name: [a == b for one in told for a, b in zip(one["right"].split(), one[name].split(), strict=True)] for name in candidates}
+    assert np.mean(right["tuned"]) > 0.5 > 0.2 > np.mean(right["untuned"])
 
 
 @pytest.mark.parametrize("recipe", ["prefix", "lora", "adapter"])
@@ -508,6 +520,11 @@ def test_sizes_that_make_no_model(text, wrong, tiny, folder, tmp_path):
     with pytest.raises(UserError, match=wrong):
         run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--max_length", "8", "--from_scratch", "--config", text)
     assert not (tmp_path / "run" / "start").exists()
+
+
+def test_sizes_that_a_config_itself_refuses(tiny, folder, tmp_path):
+    with pytest.raises(UserError, match="num_attention_heads=3 gives no model that works"):
+        run_recipe("full", tiny("llama"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--config", "num_attention_heads=3")
 
 
 def test_sizes_are_read_by_the_type_that_they_have():

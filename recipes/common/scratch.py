@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from recipes.common import models
@@ -46,7 +47,7 @@ def _make(shared, seed: int, source, tokenizer, auto_class, texts, folder: Path)
             model = auto_class.from_config(type(config)(**fields), dtype=torch.float32)
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]]))
-    except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"--config {shared.config} gives no model that works ({' '.join(str(error).split())[:200]}): sizes must divide as "
                         f"those of {source.used} do") from error
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ folder is one task, found by its file name, and has five functions:
     evaluate(candidates, task, rows, record, options) -> the scores (evaluation.result)
 
 and the constant MODELS, which says for each kind of model (models.KINDS) with which of transformers' AutoModelFor... classes it does the
-task, or why it can't. With what a method says itself (args.Method.refuses), this is the table of what works with what.
+task, or why it can't. With what a method says itself (args.Method.refuses), this is the table of what works with what. Only pretrain has
+`from_scratch`, for the flag of this name.
 """
 
 import importlib

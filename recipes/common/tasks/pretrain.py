@@ -60,8 +60,8 @@ def _check(row: dict) -> str | None:
 
 def rows(rows, shared) -> list[dict]:
     """{"text", ...} of each row; of a dialogue, a line for each turn."""
-    return [row if "text" in row else {"text": "\n".join(m["content"] for m in row["messages"]),
-                                       **{key: row[key] for key in ("id", "language") if key in row}} for row in rows]
+    return [{"text": "\n".join(m["content"] for m in row["messages"]), **{key: row[key] for key in ("id", "language") if key in row}}
+            if "messages" in row else row for row in rows]
 
 
 def facts(rows, shared) -> dict:
@@ -196,12 +196,13 @@ def _masked(shared, source, tokenizer, auto_class) -> Task:
 
 def encode_masked(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int,
                   next_sentence: bool, draw) -> tuple[Dataset, dict]:
-    """Cut texts into rows that fit: columns input_ids, words (which word a token belongs to, -1 for special tokens), sizes (bytes of each
-    token) and row (its number); for pairs token_type_ids and next_sentence too. Without `training`, the words to ask for are drawn here,
-    once: input_ids, labels and bytes, as `masked` makes them.
+    """Cut texts into rows that fit: columns input_ids, words (which word a token belongs to, -1 for what is never asked for), sizes (bytes
+    of each token) and row (its number); for pairs token_type_ids and next_sentence too. Without `training`, the words to ask for are drawn
+    here, once: input_ids, labels and bytes, as `masked` makes them.
 
     A text of more than `max_length` tokens becomes several rows, cut between words, and the short last one is kept. With `next_sentence`
-    a row is a pair. Raises `UserError`.
+    a row is a pair. A word that the tokenizer does not know is not asked for, as nothing could be learned but not to know it; a row of such
+    words alone is left out. Raises `UserError`.
     """
     room = max_length - (3 if next_sentence else 2)
     parts = [sentences_of(row["text"]) if next_sentence else [row["text"]] for row in rows]
@@ -213,13 +214,20 @@ def encode_masked(rows: list[dict], name: str, on_bad_row: str = "stop", trainin
         features = _pairs([document for document in documents if document], tokenizer, room)
     else:
         features = [_feature(tokenizer, piece) for document in documents for piece in document]
-    if not features:
-        raise UserError(f"{name}: the tokenizer finds no word in the texts")
+    known = [feature for feature in features if max(feature["words"]) >= 0]
+    if not known:
+        raise UserError(f"{name}: the tokenizer knows no word of the texts")
+    tokens, unknown = (sum(counted(feature["input_ids"]) for feature in features)
+                       for counted in (len, lambda ids: ids.count(tokenizer.unk_token_id)))
+    features, strange = known, len(features) - len(known)
     drawn = sum(_wanted(feature["words"]) for feature in features)
     sentences = [f"cut into {len(features)} rows of at most {max_length} tokens",
                  f"{drawn:,} words are asked for, " + ("in each epoch others" if training else "the same in every evaluation")]
     if left_out:
         sentences.append(f"{len(left_out)} texts hold no word that the tokenizer finds and are left out")
+    if unknown:
+        sentences.append(f"{unknown:,} of {tokens:,} tokens are unknown to the tokenizer ({tokenizer.unk_token}): they are never asked for"
+                         + (f", and {strange} rows of nothing else are left out" if strange else ""))
     if next_sentence:
         pairs = Counter(feature["next_sentence"] for feature in features)
         if training and not (pairs[0] and pairs[1]):
@@ -229,7 +237,7 @@ def encode_masked(rows: list[dict], name: str, on_bad_row: str = "stop", trainin
     for number, feature in enumerate(features):
         feature["row"] = number
     counts = {"unit": UNIT, "rows": len(rows), "kept": len(rows) - len(left_out), "left_out": left_out, "refused": {}, "items": "words",
-              "shortened": 0, "tokens": sum(len(feature["input_ids"]) for feature in features), "supervised": drawn,
+              "shortened": 0, "tokens": sum(len(feature["input_ids"]) for feature in features), "unknown": unknown, "supervised": drawn,
               "bytes": sum(sum(feature["sizes"]) for feature in features), "blocks": len(features), "sentences": sentences}
     if not training:
         features = [draw(feature, (FIXED, FIXED, feature["row"])) for feature in features]
@@ -270,13 +278,15 @@ def _cut(words: list[list], room: int):
 
 def _feature(tokenizer, first: list[list], second: list[list] | None = None, next_sentence: int | None = None) -> dict:
     """[CLS] first [SEP], or [CLS] first [SEP] second [SEP]: what a row is before words are drawn."""
-    ids, words, sizes, types = [tokenizer.cls_token_id], [-1], [0], [0]
+    ids, words, sizes, types, known = [tokenizer.cls_token_id], [-1], [0], [0], 0
     for segment, part in enumerate((first, second) if second else (first,)):
         for word in part:
-            number = max(words) + 1 if segment else words[-1] + 1
-            ids += [token for token, _ in word]
+            tokens = [token for token, _ in word]
+            asked = tokenizer.unk_token_id not in tokens
+            ids += tokens
             sizes += [size for _, size in word]
-            words += [number] * len(word)
+            words += [known if asked else -1] * len(word)
+            known += asked
         ids.append(tokenizer.sep_token_id)
         words.append(-1)
         sizes.append(0)
