@@ -496,8 +496,10 @@ def test_a_run_from_scratch_resumes_exactly_and_with_its_own_sizes(tiny, folder,
     through = run_recipe("full", tiny("gpt2"), folder, tmp_path / "through", *steps, *flags)
     with pytest.raises(Killed):
         run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, trainer_class=Interrupted)
-    with pytest.raises(UserError, match="the run that is resumed has n_layer=1, not 2"):
-        run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags[:-1], "n_layer=2", "--resume_from_checkpoint")
+    for other, wrong in ((("--config", "n_layer=2"), "--config n_layer=2: the run that is resumed began with n_layer=1"),
+                         (("--vocab_size", "280"), "--vocab_size 280: .* began with 290"), (("--seed", "7"), "--seed 7: .* began with 42")):
+        with pytest.raises(UserError, match=wrong):
+            run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, *other, "--resume_from_checkpoint")
     resumed = run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, "--resume_from_checkpoint")
     assert curve(resumed, "loss") == curve(through, "loss") and same(trained(resumed.model), trained(through.model))
 

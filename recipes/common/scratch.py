@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from recipes.common import models
 from recipes.common.errors import UserError
+
+ASKED = "from_scratch.json"
 
 
 def start(shared, training, source: models.Source, tokenizer, auto_class, texts: Iterable[str]) -> models.Source:
@@ -25,7 +26,7 @@ def start(shared, training, source: models.Source, tokenizer, auto_class, texts:
     folder = (Path(training.output_dir) / models.START).absolute()
     with training.main_process_first(desc="making a model from scratch"):
         if training.resume_from_checkpoint and folder.is_dir():
-            _check_same(shared, folder)
+            _check_same(shared, training.seed, folder)
         elif training.process_index == 0:
             _make(shared, training.seed, source, tokenizer, auto_class, texts, folder)
     return models.Source(shared.model, str(folder), str(folder))
@@ -55,6 +56,7 @@ def _make(shared, seed: int, source, tokenizer, auto_class, texts, folder: Path)
         made = Path(work) / models.START
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        (made / ASKED).write_text(json.dumps(_asked(shared, seed)) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before its first checkpoint
         os.replace(made, folder)
     print(f"from scratch: {model.num_parameters():,} parameters drawn at random (seed {seed}), {len(tokenizer):,} tokens"
@@ -100,8 +102,13 @@ def _value(entry: str, text: str, current):
     return value
 
 
-def _check_same(shared, folder: Path) -> None:
-    config = AutoConfig.from_pretrained(folder)
-    for name, value in overrides(shared.config, config).items():
-        if getattr(config, name) != value:
-            raise UserError(f"--config: the run that is resumed has {name}={getattr(config, name)}, not {value}: resume with its own flags")
+def _asked(shared, seed: int) -> dict:
+    """The flags that make a start what it is."""
+    return {"model": shared.model, "config": shared.config, "vocab_size": shared.vocab_size, "seed": seed}
+
+
+def _check_same(shared, seed: int, folder: Path) -> None:
+    before = json.loads((folder / ASKED).read_text(encoding="utf-8"))
+    for name, value in _asked(shared, seed).items():
+        if value != before[name]:
+            raise UserError(f"--{name} {value}: the run that is resumed began with {before[name]}: resume with its own flags")
