@@ -517,7 +517,8 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny, folder, 
     ("hidden_sise=8", "gpt2 has no hidden_sise to set"), ("n_layr=2", "did you mean n_layer"),
     ("n_layer", "write NAME=VALUE"), ("n_layer=", "write NAME=VALUE"), ("n_layer=two", "two is no int, as 2 is"),
     ("n_layer=2.5", "2.5 is no int"), ("n_layer=true", "true is no int"), ("vocab_size=9", "--vocab_size sets it"),
-    ("n_head=5", "gives no model that works"), ("n_positions=1", "gives no model that works")])
+    ("n_head=5", "gives no model that works"), ("n_positions=1", "gives no model that works"),
+    ("n_positions=6", "--max_length 8 exceeds the 6 tokens")])
 def test_sizes_that_make_no_model(text, wrong, tiny, folder, tmp_path):
     with pytest.raises(UserError, match=wrong):
         run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--max_length", "8", "--from_scratch", "--config", text)

@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},
     "prefix_start": set(),
+    "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
@@ -55,8 +56,8 @@ MAY_IMPORT = {
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
     "scratch": {"errors", "models"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "scratch",
-              "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+              "regularize", "scratch", "trainer"},
 }
 
 

@@ -51,6 +51,10 @@ def _make(shared, seed: int, source, tokenizer, auto_class, texts, folder: Path)
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"--config {shared.config} gives no model that works ({' '.join(str(error).split())[:200]}): sizes must divide as "
                         f"those of {source.used} do") from error
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if shared.max_length and window and shared.max_length > window:
+        raise UserError(f"--max_length {shared.max_length} exceeds the {window} tokens that this model can read: lower it, or raise "
+                        "max_position_embeddings in --config")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made = Path(work) / models.START
