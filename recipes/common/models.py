@@ -73,24 +73,25 @@ class HubUnreachable(UserError):
     """The model is not in the cache and the Hub does not answer."""
 
 
-def resolve(name: str, fallback: str | None = None) -> Source:
+def resolve(name: str, fallback: str | None = None, weights: bool = True) -> Source:
     """Find the files of model `name`, downloading or converting them if need be. Raises `UserError`.
 
     A folder wins over a bundled name, a bundled name over a Hub id. `fallback` is used, with a banner, only when the Hub is out of reach.
+    Without `weights`, its config and tokenizer are enough.
     """
     if Path(name).is_dir():
-        return Source(name, name, str(_checked_folder(Path(name))))
+        return Source(name, name, str(_checked_folder(Path(name), weights)))
     if name in BUNDLED:
         return Source(name, name, str(_bundled(name)))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such folder")
     try:
-        folder, revision = _download(name)
+        folder, revision = _download(name, HUB_FILES if weights else [pattern for pattern in HUB_FILES if pattern != "*.safetensors"])
         return Source(name, name, folder, revision)
     except HubUnreachable:
         if fallback is None:
             raise
-        substitute = resolve(fallback)
+        substitute = resolve(fallback, weights=weights)
         _banner(f"The Hugging Face Hub can't be reached, so {name} can't be loaded.",
                 f"This run uses {fallback} instead (--fallback_model {fallback}).")
         return Source(name, substitute.used, substitute.folder, substitute.revision)
@@ -288,21 +289,21 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         raise UserError(f"{flag} {run}: its run.json is damaged ({error}); train again under a new name") from None
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path, weights: bool) -> Path:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {folder} holds an adapter, not a whole model: name the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: the folder has no config.json, so it is no Hugging Face model")
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"--model {folder}: the folder has no .safetensors weights; pickled weights are not loaded, convert them first")
     return folder
 
 
-def _download(name: str) -> tuple[str, str]:
-    """(folder of the snapshot, commit). Asks the Hub first, so that a wrong name and a missing network are told apart."""
+def _download(name: str, files: list[str]) -> tuple[str, str]:
+    """(folder of the snapshot with `files`, commit). Asks the Hub first, so that a wrong name and a missing network are told apart."""
     try:
         revision = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
-        return snapshot_download(name, revision=revision, allow_patterns=HUB_FILES), revision
+        return snapshot_download(name, revision=revision, allow_patterns=files), revision
     except GatedRepoError:
         raise UserError(f"--model {name}: accept its licence on the Hub and log in first (hf auth login)") from None
     except RepositoryNotFoundError:
@@ -311,7 +312,7 @@ def _download(name: str) -> tuple[str, str]:
         raise UserError(f"--model {name}: neither a folder nor a name that the Hub allows") from None
     except (HfHubHTTPError, OSError, RuntimeError, *_network_errors()) as error:
         try:
-            folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+            folder = snapshot_download(name, allow_patterns=files, local_files_only=True)
         except (LocalEntryNotFoundError, OSError):
             raise HubUnreachable(
                 f"--model {name} is not in the cache and the Hugging Face Hub can't be reached ({type(error).__name__}): use a bundled "

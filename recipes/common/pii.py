@@ -67,6 +67,8 @@ _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
 _CURRENCY_BEFORE = re.compile(r"[$€£¥]\s?\Z")
 _UNIT_AFTER = re.compile(r"\s?(?:元|块|美元|%)")
 _SEVEN_DIGITS = re.compile(r"(?:[0-9][^0-9]*){7}")
+# What every finding has, but those of other order patterns. Most turns lack it, and looking for it takes a hundredth of the time.
+_LIKELY = re.compile("[@\uff20]|(?:[0-9\uff10-\uff19][^0-9\uff10-\uff19]*){4}")
 
 # Full-width forms and unusual blanks and dashes, one character for one, so that positions stay. Not the comma and the colon: beside
 # digits, the narrow ones mean a thousand and an hour.
@@ -91,6 +93,8 @@ def find(text: str, orders: Sequence[str] = ORDER_PATTERNS) -> list[Found]:
 
     `orders`: regular expressions of order numbers, see `ORDER_PATTERNS`. Raises `re.error` when one of them is broken.
     """
+    if orders == ORDER_PATTERNS and not _LIKELY.search(text):
+        return []
     narrow = text.translate(_NARROW)
     candidates = [Found(*match.span(), "EMAIL", match[0].lower()) for match in _EMAIL.finditer(narrow)]
     for pattern in orders:
@@ -133,6 +137,22 @@ def mask_dialogue(messages: Sequence[dict], orders: Sequence[str] = ORDER_PATTER
     """`mask_texts` over the contents of a dialogue's turns. Returns new turns; all their other keys stay, and so does the input."""
     contents, counts = mask_texts([message["content"] for message in messages], orders)
     return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)], counts
+
+
+def mask_row(row: dict, orders: Sequence[str] = ORDER_PATTERNS) -> tuple[dict, dict[str, int]]:
+    """`mask_texts` over all that a model reads of a row of any task (data/README.md). Labels, tags and other columns stay.
+
+    A value that is spread over several of a row's `tokens` is not found, as each of them has its own tag.
+    """
+    if "messages" in row:
+        messages, counts = mask_dialogue(row["messages"], orders)
+        return {**row, "messages": messages}, counts
+    fields = [name for name in ("text", "text_pair", "source", "target") if row.get(name) is not None]
+    lists = [name for name in ("refs", "tokens") if name in row]
+    masked, counts = mask_texts([*(row[name] for name in fields), *(text for name in lists for text in row[name])], orders)
+    texts = iter(masked)
+    new = {name: next(texts) for name in fields} | {name: [next(texts) for _ in row[name]] for name in lists}
+    return row | new, counts
 
 
 def luhn(digits: str) -> bool:
