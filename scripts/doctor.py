@@ -31,8 +31,9 @@ from recipes.common import args, errors
 from recipes.common.errors import UserError
 
 MODELS = {"classify": "minilm", "tag": "minilm"}  # for the other tasks smollm2
-WHOLE = 10**9  # a --max_length that shortens nothing
-SHOWN = 10     # refused rows of a file on the screen
+WHOLE = 10**9   # a --max_length that shortens nothing
+SHOWN = 10      # refused rows of a file on the screen
+UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
 
 
 @dataclass
@@ -115,7 +116,7 @@ def examine(options) -> int:
         findings += more
     except UserError as error:
         findings.append(doctor.Finding("error", "stops", f"the training would stop: {error}", [], 0, ""))
-    print(f"model: {model.used} (its tokenizer and chat template)\n")
+    print(f"model: {model.used}, of which only the tokenizer is used\n")
     if encoded:
         summary, findings = doctor.examine({name: split.summary for name, split in encoded.items()}, task.max_length, options.threshold,
                                            found=findings)
@@ -229,6 +230,8 @@ def tokenized(splits: dict[str, Part], shared, kind, model) -> tuple[object, dic
     if not train:
         raise UserError("there is no row to train on")
     task = tasks.without_data(shared, model, train)
+    for note in task.report.get("notes", []):
+        print(f"note: {note}")
     whole = kind.make(replace(shared, max_length=WHOLE), model, task.tokenizer, kind.facts(train, shared))
     encoded, findings = {}, []
     for name, part in splits.items():
@@ -287,7 +290,7 @@ def trained_on(feature: dict | None, task) -> int | None:
 
 
 def flawed(name: str, encoded: Encoded, part: Part, task) -> list:
-    """Findings about the tokens: turns that do not end, a second token at the beginning, special tokens in the text."""
+    """Findings about the tokens: turns that do not end, a first token that stands twice, special tokens in the text, unknown ones."""
     from recipes.common import chat, doctor
 
     rows = {"no-end": [], "double-bos": [], "special-token": []}
@@ -304,8 +307,16 @@ def flawed(name: str, encoded: Encoded, part: Part, task) -> list:
         there.update(held)
     sentences = {"no-end": "hold an answer whose end is not trained on", "double-bos": "begin with the first token twice",
                  "special-token": f"hold a special token of the model in their text ({', '.join(there)})"}
-    return [doctor.Finding("warning" if code == "special-token" else "error", code, f"{len(found)} rows in {name} {sentences[code]}", found,
-                           len(found), name) for code, found in rows.items() if found]
+    findings = [doctor.Finding("warning" if code == "special-token" else "error", code, f"{len(found)} rows in {name} {sentences[code]}",
+                               found, len(found), name) for code, found in rows.items() if found]
+    unk = task.tokenizer.unk_token_id if task.tokenizer.unk_token != task.tokenizer.eos_token else None  # GPT-2 names one for both
+    unknown = [feature["input_ids"].count(unk) if feature else 0 for feature in encoded.features]
+    share = sum(unknown) / max(1, sum(len(feature["input_ids"]) for feature in encoded.features if feature))
+    if share >= UNKNOWN:
+        found = list(dict.fromkeys(number for number, n in zip(encoded.numbers, unknown, strict=True) if n))
+        findings.append(doctor.Finding("warning", "unknown-token", (
+            f"{share:.0%} of the tokens in {name} stand for characters that the tokenizer does not know"), found, len(found), name))
+    return findings
 
 
 def show(name: str, encoded: Encoded, task, options) -> None:

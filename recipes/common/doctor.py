@@ -29,21 +29,22 @@ REMEDIES = {
     "bad-row": "mend these rows, or leave them out with --on_bad_row skip",
     "refused-row": "mend these rows, leave them out with --on_bad_row skip, or take another --model",
     "stops": "mend that first, as the other checks wait for it",
-    "shortened": "raise --max_length, unless the beginnings can be spared",
+    "shortened": "raise --max_length, unless that text can be spared",
     "left-out": "raise --max_length, split long answers, or take these rows out",
     "nothing-trained": "raise --max_length, or take these rows out",
     "no-end": "the model would not learn to stop: take another --model, or report its chat template",
     "double-bos": "take the token out of the text; the chat template writes it already",
-    "special-token": "take it out of the text: there it begins or ends a turn",
-    "rare-label": "add rows, merge such labels, or train with --class_weights balanced",
+    "special-token": "take it out of the text: the model would read it as a sign of its own",
+    "unknown-token": "take another --model, whose tokenizer knows these characters",
+    "rare-label": "add rows or merge such labels (for classify, --class_weights balanced helps)",
     "one-label": "add rows with other labels, or name another column with --label",
     "unseen-label": "add train rows with these labels, or take the rows out",
-    "conflict": "decide for one label, or train with --multi_label",
+    "conflict": "decide for one of them",
     "language": 'correct the column "language": scores are kept by it',
     "duplicate": "keep one of each, unless their number is meant to count",
     "near-duplicate": "keep one of each, unless the variety is meant",
     "leak-exact": "take these rows out of one of the two splits",
-    "leak-near": "take these rows out of one of the two splits if they are the same dialogue",
+    "leak-near": "look at them, and take what is the same out of one of the two splits",
     "leak-id": "take these rows out of one of the two splits, or correct the ids",
     "not-compared": "",
     **dict.fromkeys(("personal-email", "personal-id-card", "personal-bank-card", "personal-order", "personal-phone"),
@@ -243,7 +244,7 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> 
         ]
         for column, labels in split["labels"].items():
             lines.append(f"  {column}: {len(labels['counts']):,} labels, entropy {labels['entropy']:.2f} of {labels['most']:.2f} bits: "
-                         + _listed([f"{label} {n:,}" for label, n in labels["counts"].items()]))
+                         + _listed([f"{label} {n:,}" for label, n in labels["counts"].items()], 6))
         personal = ", ".join(f"{PERSONAL[kind]} {found['places']:,} (rows: {len(found['rows']):,})"
                              for kind, found in split["personal_data"].items())
         lines += [
@@ -386,8 +387,9 @@ def _check_conflicts(name: str, split: Split) -> tuple[int, list[Finding]]:
     found = [own for own, different in labels.items() if len(different) > 1]
     if not found:
         return 0, []
-    return len(found), [Finding("warning", "conflict", f"{len(found)} texts in {name} stand there several times with different labels",
-                                [number for own in found for number in numbers[own]], len(found), name)]
+    rows = [number for own in found for number in numbers[own]]
+    return len(found), [Finding("warning", "conflict", (
+        f"{len(found)} of {len(labels)} different texts in {name} stand there with more than one label"), rows, len(found), name)]
 
 
 def _check_languages(name: str, split: Split) -> tuple[dict, list[Finding]]:
@@ -426,8 +428,9 @@ def _check_personal_data(name: str, split: Split, orders: Sequence[str]) -> tupl
                 places[found.kind][number] += 1
     figures = {kind: {"places": counter.total(), "rows": list(counter)} for kind, counter in places.items() if counter}
     # Order numbers are what a shop talks about; the others should make one think.
+    why = ", which a model may learn and repeat" if name == "train" else ""
     findings = [Finding("info" if kind == "ORDER" else "warning", f"personal-{kind.lower().replace('_', '-')}", (
-        f"{len(found['rows'])} of {len(split.rows)} rows in {name} hold {PERSONAL[kind]}, which a model may learn and repeat"),
+        f"{len(found['rows'])} of {len(split.rows)} rows in {name} hold {PERSONAL[kind]}{why}"),
         found["rows"], len(found["rows"]), name) for kind, found in figures.items()]
     return figures, findings
 
@@ -461,9 +464,9 @@ def _skipped(count: int, name: str) -> list[Finding]:
         "missing"), [], count, name)]
 
 
-def _listed(items: Sequence) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(map(str, items[:SHOWN])) + more
+def _listed(items: Sequence, shown: int = SHOWN) -> str:
+    more = f" and {len(items) - shown:,} more" if len(items) > shown else ""
+    return ", ".join(map(str, items[:shown])) + more
 
 
 def _bar(value: int, most: int) -> str:

@@ -24,13 +24,14 @@ from phonenumbers import Leniency, PhoneNumberMatcher
 KINDS = ("EMAIL", "ID_CARD", "BANK_CARD", "ORDER", "PHONE")
 
 # An order number is the last group of a pattern, or all of it. With a word that says so, any number of four digits or more; after a
-# plain "order" or 订单, of six; without a word, two to four letters and six digits (MW204518), unless the letters are a currency.
+# plain "order" or 订单, of six; without a word, two to four letters and six digits (MW204518), unless the letters are a currency or those
+# of Windows' patches (KB888111).
 # What stands between the word and the number is bounded, so that no text is slow to search.
 ORDER_PATTERNS = (
     r"(?i)(?:订单编?号码?|订单id|\border\s{0,3}(?:number|no\b\.?|id\b|#))[\s:：#]{0,4}(?:is\s|是|为)?[\s:：#]{0,4}"
     r"([a-z]{0,4}-?[0-9](?:-?[0-9]){3,})(?![0-9a-z])",
     r"(?i)(?:订单|\border)[\s:：#]{0,4}([0-9]{6,})(?![0-9a-z]|[.,][0-9])",
-    r"(?i)(?<![0-9a-z])(?!(?:usd|eur|gbp|cny|rmb|hkd|jpy)[0-9])[a-z]{2,4}-?[0-9]{6,}(?![0-9a-z])",
+    r"(?i)(?<![0-9a-z])(?!(?:usd|eur|gbp|cny|rmb|hkd|jpy|kb)[0-9])[a-z]{2,4}-?[0-9]{6,}(?![0-9a-z])",
 )
 
 _EMAIL = re.compile(
@@ -61,8 +62,9 @@ _ISSUERS = re.compile(
 
 # US numbers must be grouped as numbers are, else "1 2 3 4 5 6 7 8 9 10" is one: ten digits carry no trunk prefix to know them by.
 _REGIONS = (("CN", Leniency.VALID), ("GB", Leniency.VALID), ("US", Leniency.STRICT_GROUPING))
-# Libphonenumber accepts landlines of the mainland without the 0 of the trunk, and so any ten digits that begin with an area code.
-_DIALLED_IN_CHINA = re.compile(r"[^0-9+]*(?:\+|0|86|1[3-9]|[48]00)")
+# Libphonenumber accepts landlines of the mainland without the 0 of the trunk, and so any ten digits that begin with an area code, and
+# short numbers: two rooms (1607 1107). A mobile number has eleven digits.
+_DIALLED_IN_CHINA = re.compile(r"[^0-9+]*(?:\+|0|86|1[3-9](?:[^0-9]*[0-9]){9}|[48]00)")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
 _CURRENCY_BEFORE = re.compile(r"[$€£¥]\s?\Z")
 _UNIT_AFTER = re.compile(r"\s?(?:元|块|美元|%)")
