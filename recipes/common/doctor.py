@@ -20,7 +20,7 @@ RARE = 5    # a label in fewer rows of train is learned from next to nothing
 BARS = 10   # of a histogram, at most
 WIDTH = 40  # characters of the longest bar
 SHOWN = 10  # items of a list in the terminal; the summary has all
-LOOKED_AT = 200  # rows of a split that `brief` searches for personal data; libphonenumber takes a tenth of a tokenizer's time
+LOOKED_AT = 100  # rows of a split that `brief` searches for personal data; libphonenumber takes a tenth of a tokenizer's time
 LOPSIDED = 0.9   # share of the rows with one label from which `brief` warns
 
 # How to mend what a code stands for.
