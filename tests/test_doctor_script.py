@@ -160,7 +160,7 @@ def dialogue_of(turns, system) -> dict:
     return {"messages": messages}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(rows=st.lists(st.builds(dialogue_of, TURNS, st.booleans()), min_size=1, max_size=4),
        max_length=st.integers(20, 200))
 def test_what_is_shortened_and_left_out_is_what_training_shortens_and_leaves_out(two_tasks, rows, max_length):
@@ -209,12 +209,14 @@ def test_only_the_tokenizer_is_needed(doctor, tiny, write_jsonl, tmp_path):
 
 def test_a_model_of_the_hub_that_is_out_of_reach(doctor, write_jsonl):
     status, out = doctor("--data", write_jsonl(DIALOGUES), "--model", "some/model")
-    assert status == 2 and re.fullmatch(r"error: --model some/model is not in the cache and the Hugging Face Hub can't be reached .*\n", out)
+    assert status == 2
+    assert re.fullmatch(r"error: --model some/model is not in the cache and the Hugging Face Hub can't be reached .*\n", out)
 
 
 def test_a_template_that_refuses_some_dialogues(doctor, tiny, write_jsonl, tmp_path):
     folder, tokenizer = shutil.copytree(tiny("llama"), tmp_path / "strict"), tiny_tokenizer("chatml")
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turns') }}{% endif %}" + tokenizer.chat_template
+    tokenizer.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('No system turns') }}{% endif %}"
+                               + tokenizer.chat_template)
     tokenizer.save_pretrained(folder)
     path = write_jsonl([*DIALOGUES[1:], "", DIALOGUES[0]])
     status, out = doctor("--data", path, "--model", folder, "--dev_fraction", 0.1, "--seed", 3)
@@ -305,7 +307,8 @@ PERSONAL = [
     {"id": "a", "messages": [{"role": "user", "content": "我是jo@example.com，手机13812345678"},
                              {"role": "assistant", "content": "收到，稍后打138 1234 5678", "train": False},
                              {"role": "user", "content": "也可以打13912345678"}, {"role": "assistant", "content": "好的"}]},
-    {"messages": [{"role": "user", "content": "Mail al@example.com"}, {"role": "assistant", "content": "Done."}], "contact": "al@example.com"},
+    {"messages": [{"role": "user", "content": "Mail al@example.com"}, {"role": "assistant", "content": "Done."}],
+     "contact": "al@example.com"},
 ]
 
 
@@ -350,7 +353,8 @@ def test_nothing_is_overwritten(doctor, write_jsonl, tmp_path):
     assert status == 2 and "exists already" in out and (tmp_path / "there.jsonl").read_text(encoding="utf-8") == "mine"
     (tmp_path / "file").write_text("", encoding="utf-8")
     status, out = doctor("--data", path, "--mask_pii", tmp_path / "file/copy.jsonl")
-    assert status == 2 and "can't be written" in out and sorted(p.name for p in tmp_path.iterdir()) == ["file", "there.jsonl", "train.jsonl"]
+    assert status == 2 and "can't be written" in out
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "there.jsonl", "train.jsonl"]
 
 
 # Flags
