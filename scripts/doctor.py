@@ -104,6 +104,7 @@ def examine(options) -> int:
     renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
     found = [data.find(source.name) for source in sources]
     model = models.resolve(shared.model, shared.fallback_model, weights=False)
+    tasks.check_cell(shared.task, model, args.Method())
     sources = [{split: read(file, kind.check(shared), shared.columns, renames) for split, file in files.items()} for files in found]
     files = [(split, part) for source in sources for split, part in source.items()]
     findings = [finding for split, part in files for finding in tell(split, part, shared.on_bad_row)]

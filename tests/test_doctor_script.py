@@ -52,7 +52,7 @@ def doctor(tiny, capsys):
 def loaded(flags: dict, model, **others) -> tasks.Task:
     """The task as a training loads it."""
     shared = args.SharedArguments(**flags, model=str(model), **others)
-    return tasks.load(shared, SimpleNamespace(seed=args.SEED, process_index=0))
+    return tasks.load(shared, args.Method(), SimpleNamespace(seed=args.SEED, process_index=0))
 
 
 # What is read
@@ -211,6 +211,11 @@ def test_a_model_of_the_hub_that_is_out_of_reach(doctor, write_jsonl):
     status, out = doctor("--data", write_jsonl(DIALOGUES), "--model", "some/model")
     assert status == 2
     assert re.fullmatch(r"error: --model some/model is not in the cache and the Hugging Face Hub can't be reached .*\n", out)
+
+
+def test_a_model_that_cannot_do_the_task(doctor, tiny, write_jsonl):
+    status, out = doctor("--data", write_jsonl(DIALOGUES), "--model", tiny("bert"))
+    assert status == 2 and re.fullmatch(r"error: --task chat: \S+ is an encoder, and .*\n", out)
 
 
 def test_a_template_that_refuses_some_dialogues(doctor, tiny, write_jsonl, tmp_path):
