@@ -243,7 +243,7 @@ def test_bins_hold_every_length_once(lengths):
 
 def test_bars_are_proportional_and_never_hide_a_row():
     assert bars(histogram([5] * 2000 + [15] * 1000 + [35])) == [
-        "   0 -  4      0", "   5 -  9  2,000 " + "█" * 40, "  10 - 14      0", "  15 - 19  1,000 " + "█" * 20, "  20 - 24      0",
+        "   5 -  9  2,000 " + "█" * 40, "  10 - 14      0", "  15 - 19  1,000 " + "█" * 20, "  20 - 24      0",
         "  25 - 29      0", "  30 - 34      0", "  35 - 39      1 ▏"]
 
 

@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "regularize": {"errors", "losses"},
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"args", "doctor", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "doctor", "evaluation", "generation", "losses", "metrics", "models", "regularize",
+              "trainer"},
 }
 
 

@@ -272,7 +272,8 @@ def verdict(findings: Sequence[Finding], colour: bool = False) -> list[str]:
 
 
 def bars(bins: Sequence[dict]) -> list[str]:
-    """Lines of a histogram: from, to, rows and a bar. A bin that isn't empty shows at least a sliver."""
+    """Lines of a histogram, from the first bin with a row: from, to, rows and a bar. A bin that isn't empty shows at least a sliver."""
+    bins = bins[next(i for i, bin in enumerate(bins) if bin["rows"]):]
     most = max(bin["rows"] for bin in bins)
     edge, figure = len(f"{bins[-1]['to']:,}"), len(f"{most:,}")
     return [f"  {bin['from']:>{edge},} - {bin['to']:>{edge},}  {bin['rows']:>{figure},} {_bar(bin['rows'], most)}".rstrip()
