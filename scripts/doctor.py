@@ -31,6 +31,7 @@ from recipes.common import args, errors
 from recipes.common.errors import UserError
 
 MODELS = {"classify": "minilm", "tag": "minilm"}  # for the other tasks smollm2
+LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatever --label names is called label by then
 WHOLE = 10**9   # a --max_length that shortens nothing
 SHOWN = 10      # refused rows of a file on the screen
 UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
@@ -274,7 +275,8 @@ def encode(name: str, items: list[dict], numbers: list, task, whole, on_bad_row:
             kept = {}
             findings.append(Finding("error", "stops", f"the training would stop: {error}", [], 0, name))
     found = [kept.get(i) for i in range(1, len(items) + 1)]
-    split = Split(items, numbers, lengths, [trained_on(feature, task) for feature in found], unit=counts["unit"], trained=counts["items"])
+    split = Split(items, numbers, lengths, [trained_on(feature, task) for feature in found], unit=counts["unit"], trained=counts["items"],
+                  learned=LEARNED.get(task.name, ()))
     return Encoded(split, items, numbers, found, lengths), findings
 
 

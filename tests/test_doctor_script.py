@@ -126,7 +126,7 @@ def test_the_doctor_says_what_the_training_does(task, doctor, tiny, write_jsonl,
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["splits"]
     for split in ("train", "dev"):
         told, done = found[split]["tokens"], training[split]
-        assert (found[split]["items"], told["shortened"], told["left_out"], told["supervised"]) == (
+        assert (found[split]["items"], told["shortened"], told["untrained"], told["supervised"]) == (
             done["rows"], done["shortened"], len(done["left_out"]), done["supervised"])
     assert sum(training[split]["shortened"] for split in training) > 0, "else this test shows nothing"
     keeps = max(split["tokens"]["keeps"]["100"] for split in found.values())
@@ -215,7 +215,7 @@ def test_a_model_of_the_hub_that_is_out_of_reach(doctor, write_jsonl):
 
 def test_a_model_that_cannot_do_the_task(doctor, tiny, write_jsonl):
     status, out = doctor("--data", write_jsonl(DIALOGUES), "--model", tiny("bert"))
-    assert status == 2 and re.fullmatch(r"error: --task chat: \S+ is an encoder, and .*\n", out)
+    assert status == 2 and re.fullmatch(r"error: --task chat: \S+ is an encoder .*\n", out)
 
 
 def test_a_template_that_refuses_some_dialogues(doctor, tiny, write_jsonl, tmp_path):
@@ -254,6 +254,15 @@ def test_turns_with_a_label(doctor, write_jsonl):
     status, out = doctor("--data", write_jsonl(rows), "--task", "classify", "--label", "intent", "--dev_fraction", 0.1)
     assert "\ntrain: 18 labelled turns in 9 rows, " in out and "\ndev: 2 labelled turns in 1 rows, " in out
     assert "[duplicate]" not in out and "[conflict]" not in out and "leak-exact" not in out, "dialogues are compared, not their turns"
+
+
+def test_only_the_column_to_predict_is_judged(doctor, write_jsonl):
+    rows = [{**row, "tags": f"only here {i}", "label": "abc"[i % 3]} for i, row in enumerate(LABELS * 2)]
+    out = doctor("--data", write_jsonl(rows), "--task", "classify")[1]
+    assert "\n  tags: " in out and "values of tags" not in out and "[conflict]" not in out
+    rows[0]["label"] = "b"
+    assert "[conflict]" in doctor("--data", write_jsonl(rows), "--task", "classify", "--dev_fraction", 0.02)[1]
+    assert "values of label" in doctor("--data", write_jsonl([*rows, {"text": "Hm", "label": "d"}]), "--task", "classify")[1]
 
 
 def test_special_and_unknown_tokens(doctor, write_jsonl):

@@ -51,7 +51,6 @@ REMEDIES = {
                     "--mask_pii OUT writes a copy with placeholders in their place"),
 }
 
-_LEARNED = {"label", "tags"}  # columns that a model may have to predict; whatever --label names is called label by then
 _LABELS = ("label", "tags", "intent", "sentiment", "action")  # columns of a row, or keys of its turns
 _LEAKS = {"exact": "stand word for word in an earlier one", "near": "nearly stand in an earlier one", "id": "have an id of an earlier one"}
 PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "BANK_CARD": "bank card numbers",
@@ -74,6 +73,7 @@ class Split:
     item_numbers: Sequence[int | str] | None = None
     unit: str = "rows"       # what an item is called
     trained: str = "tokens"  # what is counted as supervised
+    learned: Sequence[str] = ("label", "tags")  # columns that a model is to predict; others are shown and no more
 
     def labelled(self) -> tuple[list[int | str], list[dict]]:
         """Numbers and items of those that have a part in the training or its scores."""
@@ -238,7 +238,8 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> 
             "trained on",
             f"  tokens of each: {tokens['shortest']:,} to {tokens['longest']:,}, median {tokens['median']:,g}, mean {tokens['mean']:,.1f}",
             *bars(tokens["histogram"]),
-            f"  --max_length {summary['max_length']}: {tokens['shortened']:,} shortened, {tokens['left_out']:,} left out; kept whole "
+            f"  --max_length {summary['max_length']}: {tokens['shortened']:,} shortened, {tokens['untrained']:,} with nothing trained on; "
+            "kept whole "
             + ", ".join(f"{percent} % by {length}" for percent, length in tokens["keeps"].items()),
             "  languages: " + ", ".join(f"{language} {n:,}" for language, n in split["languages"].items()),
         ]
@@ -332,7 +333,7 @@ def _check_lengths(name: str, split: Split, max_length: int) -> tuple[dict, list
         "nothing-trained": [number for number, length, supervised in each if length <= max_length and supervised == 0],
     }
     figures = {**length_summary(split.lengths, max_length), "supervised": sum(filter(None, split.supervised)),
-               "shortened": len(rows["shortened"]), "left_out": len(rows["left-out"]) + len(rows["nothing-trained"])}
+               "shortened": len(rows["shortened"]), "untrained": len(rows["left-out"]) + len(rows["nothing-trained"])}
     keeps, n = figures["keeps"], f"{len(each)} {split.unit} in {name}"
     whole = f"{keeps['95']} keeps 95 % whole, {keeps['99']} keeps 99 %, {keeps['100']} all"
     sentences = {
@@ -346,8 +347,9 @@ def _check_lengths(name: str, split: Split, max_length: int) -> tuple[dict, list
 
 def _check_labels(name: str, split: Split) -> tuple[dict, list[Finding]]:
     figures, findings = balance(split.labelled()[1]), []
-    for column in _LEARNED & figures.keys() if name == "train" else ():
-        labels = figures[column]
+    for column, labels in figures.items() if name == "train" else ():
+        if column not in split.learned:
+            continue
         counts, rare = labels["counts"], labels["rare"]
         if rare:
             findings.append(Finding("warning", "rare-label", (
@@ -363,7 +365,7 @@ def _check_unseen_labels(splits: dict[str, Split]) -> list[Finding]:
     known, findings = balance(splits["train"].labelled()[1]) if "train" in splits else {}, []
     for name, split in splits.items():
         for column, labels in balance(split.labelled()[1]).items():
-            unseen = sorted(labels["counts"].keys() - known[column]["counts"].keys()) if column in known and column in _LEARNED else []
+            unseen = sorted(labels["counts"].keys() - known[column]["counts"].keys()) if column in known and column in split.learned else []
             if unseen:
                 findings.append(Finding("warning", "unseen-label", (
                     f"{len(unseen)} of {len(labels['counts'])} values of {column} in {name} never occur in train: {_listed(unseen)}"),
@@ -381,9 +383,9 @@ def _check_conflicts(name: str, split: Split) -> tuple[int, list[Finding]]:
     """Texts with several labels. Turns of a dialogue are left out: what a "yes" means depends on what came before."""
     labels, numbers = {}, {}
     for number, row in zip(split.numbers, split.rows, strict=True):
-        if "label" in row or "tags" in row:
+        if given := [row[column] for column in split.learned if column in row]:
             own = digest(row_text(row))
-            labels.setdefault(own, set()).add(json.dumps(row.get("label", row.get("tags"))))
+            labels.setdefault(own, set()).add(json.dumps(given))
             numbers.setdefault(own, []).append(number)
     found = [own for own, different in labels.items() if len(different) > 1]
     if not found:
