@@ -376,7 +376,7 @@ def test_sampling_is_repeatable(trained):
 
 def test_scripts_hide_no_package():
     """Python puts scripts/ first on the path, where evaluate.py would stand before the package `evaluate`."""
-    for name in ("train", "evaluate", "chat"):
+    for name in ("train", "evaluate", "chat", "doctor"):
         program = f"import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['scripts/{name}.py']\nrunpy.run_path(sys.argv[0])\n"
         result = shell(sys.executable, "-c", program + "import importlib.util; print(importlib.util.find_spec('evaluate').origin)")
         assert result.code == 0 and result.out.strip().endswith("evaluate/__init__.py"), result.err

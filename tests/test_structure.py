@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
     "scratch": {"errors", "models"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+    "tasks": {"args", "errors", "chat", "data", "doctor", "evaluation", "generation", "head_start", "losses", "metrics", "models",
               "regularize", "scratch", "trainer"},
 }
 

@@ -122,6 +122,11 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
+# Flags that decide which rows are read and what a model makes of them; scripts/doctor.py takes the same.
+READING = ("data", "columns", "task", "fallback_model", "max_length", "dev_fraction", "on_bad_row", "label", "context_turns", "multi_label",
+           "oos_label", "instruction", "source_prefix")
+SEED = 42  # the Trainer's default
+
 SHORT = ("classify", "tag", "translate")  # tasks whose rows are a sentence rather than a dialogue
 
 
@@ -274,10 +279,15 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
 
 
-def _check(shared: SharedArguments, training, argv: list[str]) -> None:
+def check_task(shared: SharedArguments, argv: list[str]) -> None:
+    """Raise `UserError` if the command line has a flag of another task."""
     for f in fields(SharedArguments):
         if f.metadata.get("task", shared.task) != shared.task and any(word.split("=")[0] == f"--{f.name}" for word in argv):
             raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
+
+
+def _check(shared: SharedArguments, training, argv: list[str]) -> None:
+    check_task(shared, argv)
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
     if shared.multi_label:

@@ -214,8 +214,7 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         return
     if size < 2 and without == parts:
         raise UserError(f"{parts[0]['train'].source} has one row: training needs at least two, as one is held out as dev")
-    held_out = min(max(1, round(size * dev_fraction)), size - 1)
-    chosen = set(random.Random(seed).sample(range(size), held_out))
+    chosen = held_out(size, dev_fraction, seed)
     start = 0
     for part in without:
         train = part["train"]
@@ -225,6 +224,11 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
             part["dev"] = Rows([row for row, out in zip(train.rows, taken, strict=True) if out],
                                f"{train.source} ({sum(taken)} rows held out, seed {seed})", train.sha256)
         train.rows = [row for row, out in zip(train.rows, taken, strict=True) if not out]
+
+
+def held_out(size: int, dev_fraction: float, seed: int) -> set[int]:
+    """Which of `size` train rows (at least two) become dev: a share, at least one, and never all of them."""
+    return set(random.Random(seed).sample(range(size), min(max(1, round(size * dev_fraction)), size - 1)))
 
 
 def _join(parts: list[Rows]) -> Rows:

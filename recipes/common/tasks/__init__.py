@@ -17,6 +17,7 @@ task, or why it can't. With what a method says itself (args.Method.refuses), thi
 import importlib
 import random
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 
-from recipes.common import args, data, losses, models, regularize
+from recipes.common import args, data, doctor, losses, models, regularize
 from recipes.common.errors import UserError
 
 
@@ -110,6 +111,7 @@ def load(shared, method, training) -> Task:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
     splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
+    read = {name: split.rows for name, split in splits.items()}
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
     old, replayed = _old_rows(kind, shared, splits["train"], training.seed)
@@ -133,9 +135,24 @@ def load(shared, method, training) -> Task:
         refused = list(counts.pop("refused").values())
         task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
                                         "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+    counts, sentences = doctor.brief(read["train"][: shared.max_train_samples], read["dev"][: shared.max_eval_samples],
+                                     facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
+    task.report["doctor"] = {**counts, "sentences": sentences, "details": doctor_command(shared, training.seed)}
     if training.process_index == 0:
         print_report(task)
     return task
+
+
+def doctor_command(shared, seed: int) -> str:
+    """The command that examines the rows of this training from all sides."""
+    default = args.SharedArguments()
+    given = {name: value for name in args.READING if (value := getattr(shared, name)) != getattr(default, name)}
+    given |= {} if shared.start_from else {"model": shared.model}  # a run may be an adapter, which is no model by itself
+    given |= {"seed": seed} if seed != args.SEED else {}
+    words = ["python", "scripts/doctor.py"]
+    for name, value in given.items():
+        words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
 
 
 def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:
@@ -206,6 +223,12 @@ def flags(record: dict) -> SimpleNamespace:
     return SimpleNamespace(**asdict(args.SharedArguments()) | record["shared_arguments"])
 
 
+def without_data(shared, source: models.Source, rows: list[dict]) -> Task:
+    """The task for the model `source` and what the train `rows` say, which is enough to encode rows. Raises `UserError`."""
+    kind = module(shared.task)
+    return _make(kind, shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
+
+
 def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
     window = models.window(source)
     if shared.max_length and window and shared.max_length > window:
@@ -238,3 +261,6 @@ def print_report(task: Task) -> None:
             print(f"  skipped {sentence}")
         if len(c["bad_rows"]) > 5:
             print(f"  ... {len(c['bad_rows'])} rows skipped in all; run.json lists them")
+    if report["doctor"]["sentences"]:
+        print("\n".join(["doctor:", *(f"  {sentence}" for sentence in report["doctor"]["sentences"]),
+                         f"  details: {report['doctor']['details']}"]))
