@@ -52,9 +52,10 @@ MAY_IMPORT = {
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
-    "trainer": {"errors", "losses", "metrics", "regularize"},
+    "batches": set(),
+    "trainer": {"batches", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "batches", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 
 
