@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "batches": set(),
     "trainer": {"batches", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"args", "batches", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "batches", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize",
+              "trainer"},
 }
 
 

@@ -68,8 +68,8 @@ class SharedArguments:
 
     tokens_per_step: int = option(None, "an optimizer step holds about N tokens, of all processes together, in place of a number of rows",
                                   at_least=1, group="speed")
-    micro_batch_tokens: int = option(None, "rows of a step that are run together, in tokens with their padding; changes time and memory, not "
-                                     "the result. 0: what suits the hardware (the default, unless the Trainer's batch flags are given)",
+    micro_batch_tokens: int = option(None, "run rows of a step together up to N tokens, padding included; changes time and memory, not the "
+                                     "result. 0: what suits the hardware (the default, unless the Trainer's batch flags are given)",
                                      at_least=0, group="speed")
     attention: typing.Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = option(
         "auto", "attention kernel; auto: sdpa, and on a CPU plain matrix products for short rows", group="speed")
@@ -273,8 +273,9 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
-    if shared.tokens_per_step and training.train_sampling_strategy not in ("random", "sequential"):
-        raise UserError(f"--train_sampling_strategy {training.train_sampling_strategy} can't be combined with --tokens_per_step: leave one out")
+    strategy = training.train_sampling_strategy
+    if shared.tokens_per_step and strategy not in ("random", "sequential"):
+        raise UserError(f"--train_sampling_strategy {strategy} can't be combined with --tokens_per_step: leave one of them out")
     if shared.multi_label:
         for name, given in (("class_weights", shared.class_weights != "none"), ("oos_label", shared.oos_label),
                             ("label_smoothing_factor", training.label_smoothing_factor)):

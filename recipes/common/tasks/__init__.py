@@ -112,7 +112,7 @@ def _plan_steps(task: Task, tokens: int, training) -> None:
     """How many steps of `tokens` tokens the train rows make. Raises `UserError` where a step could not hold a row."""
     lengths = batches.lengths(task.train)
     if max(lengths) > tokens:
-        raise UserError(f"--tokens_per_step {tokens}: the longest train row alone has {max(lengths)} tokens; raise it, or lower --max_length")
+        raise UserError(f"--tokens_per_step {tokens}: the longest train row has {max(lengths)} tokens; raise it, or lower --max_length")
     if len(lengths) < training.world_size:
         raise UserError(f"--tokens_per_step: {len(lengths)} train rows are too few for {training.world_size} processes")
     task.steps = batches.steps_of(lengths, tokens, training.world_size)
