@@ -1,13 +1,16 @@
 """recipes.common.batches: every row once, little padding, and the same training however the rows of a step are grouped."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import DIALOGUES
+from conftest import DIALOGUES, ROOT
 from datasets import Dataset
 from test_methods import run_recipe
 from test_resume import curve, same, trained
@@ -254,3 +257,20 @@ def test_every_task_can_be_grouped(tiny, tmp_path):
     assert len(made) > 1 and sum(len(batch["labels"]) for batch in made) == 4
     for batch in made:
         assert batch["attention_mask"].any(0).all() and (batch["labels"] != -100).any(0).all()
+
+
+def test_two_processes_take_the_steps_of_one(tiny, data, tmp_path):
+    flags = (*FLAGS, "--tokens_per_step", "150", "--micro_batch_tokens", "60", "--optim", "sgd", "--save_strategy", "no")
+    alone = run_recipe("lora", tiny("llama"), data, tmp_path / "alone", *flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "scripts/train.py", "--recipe", "lora",
+               "--model", tiny("llama"), "--data", data, "--output_dir", tmp_path / "two", "--max_length", "160", "--use_cpu", "--no_bf16",
+               "--report_to", "none", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8")) for name in ("alone", "two"))
+    assert "--nproc_per_node 2" in two["command"] and one["steps"] == two["steps"] == 8 and one["tokens"] == two["tokens"]
+    losses = [[entry["loss"] for entry in record["history"] if "loss" in entry] for record in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(set(losses[0])) > 4
+    assert two["metrics"]["dev_loss"] == pytest.approx(alone.state.log_history[-1]["eval_loss"], rel=1e-5)
+    assert two["padding_share"] <= 0.02

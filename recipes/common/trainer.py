@@ -129,8 +129,9 @@ class RecipeTrainer(Trainer):
         return super()._get_num_items_in_batch([micro_batch for batch in batch_samples for micro_batch in batch], device)
 
     def _track_num_input_tokens(self, inputs):
-        for micro_batch in inputs:
-            super()._track_num_input_tokens(micro_batch)
+        # At once: processes add up their counts, and may differ in the number of micro-batches.
+        whole = {name: torch.cat([micro_batch[name].flatten() for micro_batch in inputs]) for name in ("input_ids", "attention_mask")}
+        super()._track_num_input_tokens(whole)
 
     def floating_point_ops(self, inputs):
         """Those of all micro-batches, as the Trainer counts them."""
