@@ -194,7 +194,7 @@ def test_logits_that_are_capped_after_the_head_are_those_of_all_positions():
     [part] = losses.next_token(model, batch)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(part.logits, logits[:, :-1][part.where])
-    assert part.logits.abs().max() < 0.05  # the cap is reached
+    assert 0.049 < part.logits.abs().max() < 0.0501  # the cap is reached
 
 
 def test_a_head_that_sees_other_positions_is_refused():
