@@ -19,6 +19,11 @@ def run(name, model, data, task="chat", length=None, size=None):
                                            sizes=[size]))
 
 
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(train_speed.product_rate, "__defaults__", (256,))
+
+
 def test_all_contenders_start_from_the_same_loss(tiny, write_jsonl):
     data, results = write_jsonl(DIALOGUES * 4), {}
     for name in train_speed.CONTENDERS:
