@@ -231,7 +231,7 @@ def test_refused(flags, words, tiny, data, tmp_path):
         run_recipe("lora", tiny("llama"), data, tmp_path / "run", *FLAGS, *flags)
 
 
-def test_batch_flags_are_obeyed(tiny, data, tmp_path):
+def test_batch_flags_are_obeyed(tiny, data, tmp_path, capsys):
     def parse(*flags):
         shared, _, training = args.parse("", args.Method, [*flags, "--use_cpu"])
         return shared.micro_batch_tokens, training.per_device_train_batch_size, training.gradient_accumulation_steps
@@ -241,6 +241,8 @@ def test_batch_flags_are_obeyed(tiny, data, tmp_path):
     assert parse("--micro_batch_tokens", "500") == (500, 8, 1)
     assert parse("--gradient_accumulation_steps", "4") == (None, 8, 4)
     assert parse("--per_device_train_batch_size", "2", "--micro_batch_tokens", "0") == (0, 2, 1)
+    assert parse("--per_device_train_batch_size", "2", "--tokens_per_step", "900") == (0, 2, 1)
+    assert "note: --tokens_per_step decides" in capsys.readouterr().out
     trainer = run_recipe("lora", tiny("llama"), data, tmp_path / "run", *FLAGS, "--per_device_train_batch_size", "11")
     assert trainer.padding_share > 0.1 and trainer.state.global_step == 2
 

@@ -242,13 +242,13 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     defaults["use_cpu"] = not torch.accelerator.is_available()
     defaults["remove_unused_columns"] = False  # a collator takes what it needs; some is no argument of the model
     sizes = given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    if sizes and shared.tokens_per_step:
-        raise UserError(f"--tokens_per_step decides what a step holds: leave --{min(sizes)} out")
     if not sizes:
         # The rows of a step: 8 dialogues, or 32 short texts. How many of them run together is another matter (batches.py).
         defaults["per_device_train_batch_size"] = 32 if shared.task in SHORT else 8
-        if shared.micro_batch_tokens is None:
-            shared.micro_batch_tokens = 0
+    if shared.micro_batch_tokens is None and (shared.tokens_per_step or not sizes):
+        shared.micro_batch_tokens = 0
+    if shared.tokens_per_step and "per_device_train_batch_size" in given:
+        print("note: --tokens_per_step decides what a step holds, whatever --per_device_train_batch_size says")
     if "per_device_eval_batch_size" not in given:
         defaults["per_device_eval_batch_size"] = 32 if shared.task in SHORT else 1 if defaults["use_cpu"] else 8
     if not given & {"bf16", "fp16"}:
@@ -280,6 +280,8 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
+    if shared.tokens_per_step and training.gradient_accumulation_steps > 1:
+        raise UserError("--tokens_per_step is what a whole step holds: leave --gradient_accumulation_steps out")
     strategy = training.train_sampling_strategy
     if shared.tokens_per_step and strategy not in ("random", "sequential"):
         raise UserError(f"--train_sampling_strategy {strategy} can't be combined with --tokens_per_step: leave one of them out")
