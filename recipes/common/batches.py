@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 # Tokens, padding included, that run together, and what one group more costs, in tokens (docs/benchmarks.md). On a CPU a larger group gains
 # nothing but memory; elsewhere small groups leave the processor idle.
-CPU_LIMIT, CPU_OVERHEAD = 768, 48
+CPU_LIMIT, CPU_OVERHEAD = 640, 48
 LARGE_OVERHEAD = 256
 CPU_PADDING = 0.02  # share of a step's positions that may be padding; it is saved by smaller groups, which cost a CPU little
 # Share of the memory of a GPU that activations may take beside weights, gradients and optimizer.
@@ -28,7 +28,7 @@ def split(lengths: list[int], limit: int, overhead: int) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     best = [(0, 0)]  # of the first k rows in `order`: what they cost, and where their last group begins
     for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
+        longest = max(1, lengths[order[end - 1]])
         first = max(0, min(end - 1, end - limit // longest))
         best.append(min((best[start][0] + overhead + (end - start) * longest, start) for start in range(first, end)))
     groups, end = [], len(order)
