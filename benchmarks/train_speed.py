@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--data", help="a file of dialogues, or of rows of --task; needed without --lengths")
     parser.add_argument("--task", default="chat", choices=["chat", "translate"], help="what the rows are (default: chat)")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--rows", type=int, default=48, help="rows used, the first of a seeded shuffle (default: 48)")
+    parser.add_argument("--rows", type=int, help="rows used, the first of a seeded shuffle (default: 48; of random ones, four steps)")
     parser.add_argument("--step", type=int, nargs="+", default=[8], help="rows of an optimizer step; several: one table each (default: 8)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[None], help="random rows of so many tokens; several: one table each")
     parser.add_argument("--sizes", nargs="+", default=[None], choices=list(SIZES), help="Llamas with random weights; one table each")
@@ -72,6 +72,8 @@ def main():
         parser.error("--data or --lengths is needed")
     if options.sizes != [None] and options.lengths == [None]:
         parser.error("--sizes needs --lengths: models with random weights have no tokenizer")
+    if options.rows and options.rows < 2 * max(options.step):
+        parser.error(f"--rows {options.rows}: a step of {max(options.step)} rows is needed to warm up, and one more to measure")
     if options.one:
         Path(options.out).write_text(json.dumps(run(options)))
         return
@@ -140,10 +142,10 @@ def run(options) -> dict:
     task = kind.make(shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
     if length:
         shape = size and SIZES[size]
-        task.train = random_rows(options.rows, length, shape[0] if shape else len(task.tokenizer))
+        task.train = random_rows(options.rows or 4 * step, length, shape[0] if shape else len(task.tokenizer))
     else:
         random.Random(0).shuffle(rows)
-        task.train, _ = task.encode(kind.rows(rows[: options.rows], shared), options.data)
+        task.train, _ = task.encode(kind.rows(rows[: options.rows or 48], shared), options.data)
     steps = len(task.train) // step
     clock, rate = Clock(), {}
     with tempfile.TemporaryDirectory() as folder:
