@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},
     "prefix_start": set(),
+    "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
@@ -55,8 +56,13 @@ MAY_IMPORT = {
     "batches": set(),
     "trainer": {"batches", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
+<<<<<<< HEAD
     "tasks": {"args", "batches", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize",
               "trainer"},
+=======
+    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+              "regularize", "trainer"},
+>>>>>>> main
 }
 
 
