@@ -56,13 +56,8 @@ MAY_IMPORT = {
     "batches": set(),
     "trainer": {"batches", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-<<<<<<< HEAD
-    "tasks": {"args", "batches", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize",
-              "trainer"},
-=======
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+    "tasks": {"args", "batches", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
               "regularize", "trainer"},
->>>>>>> main
 }
 
 
