@@ -24,7 +24,7 @@ help:
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
 	@echo "make lint             check the style"
-	@echo "make bench            training speed beside plain Trainer and TRL (long; BENCH='--rows 24 --contenders ours')"
+	@echo "make bench            speed beside plain Trainer, TRL and plain generate (long; BENCH='--rows 24 --contenders ours')"
 	@echo "make setup            only create $(VENV) and install (the other targets do so when needed)"
 	@echo "                      PYTHON=python3.12 chooses the interpreter"
 
@@ -78,6 +78,7 @@ chat: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@$(BIN)/python benchmarks/train_speed.py --data "$(DATA)/train.jsonl" $(BENCH)
+	@$(BIN)/python benchmarks/generation_speed.py --data "$(DATA)/test.jsonl"
 
 model-gemma3: $(STAMP)
 	@echo "Gemma 3 270M is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms); by installing it you accept them."

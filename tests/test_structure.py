@@ -53,11 +53,12 @@ MAY_IMPORT = {
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
-    "trainer": {"errors", "losses", "metrics", "regularize"},
+    "batches": set(),
+    "trainer": {"batches", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
     "scratch": {"errors", "models"},
-    "tasks": {"args", "errors", "chat", "data", "doctor", "evaluation", "generation", "head_start", "losses", "metrics", "models",
-              "regularize", "scratch", "trainer"},
+    "tasks": {"args", "batches", "chat", "data", "doctor", "errors", "evaluation", "generation", "head_start", "losses",
+              "metrics", "models", "regularize", "scratch", "trainer"},
 }
 
 

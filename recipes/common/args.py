@@ -70,6 +70,14 @@ class SharedArguments:
     measure_forgetting: str = option(None, "score this data's dev rows before and after the training; --replay does so by itself",
                                      group="continual fine-tuning")
 
+    tokens_per_step: int = option(None, "an optimizer step holds about N tokens, of all processes together, in place of a number of rows",
+                                  at_least=1, group="speed")
+    micro_batch_tokens: int = option(None, "run rows of a step together up to N tokens, padding included; changes time and memory, not the "
+                                     "result. 0: what suits the hardware (the default, unless the Trainer's batch flags are given)",
+                                     at_least=0, group="speed")
+    attention: typing.Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = option(
+        "auto", "attention kernel; auto: sdpa, and on a CPU plain matrix products for short rows", group="speed")
+
     layer_lr_decay: float = option(1.0, "each block learns this times as fast as the one above it: 0.9 spares the lower ones",
                                    at_least=0.01, group="against over-fitting")
     model_dropout: float = option(None, "the model's own dropout, wherever it has one (default: as the checkpoint says)", at_least=0,
@@ -166,7 +174,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                 setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
-    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
+    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared)
     _check(shared, training, argv)
     if shared.from_scratch and not method.learns_from_scratch:
         raise UserError("--from_scratch draws every weight at random, and this recipe would leave most of them so: use --recipe full")
@@ -238,7 +246,7 @@ def _bare_resume(argv: list[str]) -> list[str]:
     return out
 
 
-def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser, task: str):
+def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser, shared: SharedArguments):
     import torch
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
@@ -250,12 +258,16 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
     defaults["remove_unused_columns"] = False  # a collator takes what it needs; some is no argument of the model
-    if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        # Dialogues, 8 a step: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache. Short texts, 32.
-        batch, accumulation = (32, 1) if task in SHORT else (1, 8) if defaults["use_cpu"] else (8, 1)
-        defaults |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    sizes = given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if not sizes:
+        # The rows of a step: 8 dialogues, or 32 short texts. How many of them run together is another matter (batches.py).
+        defaults["per_device_train_batch_size"] = 32 if shared.task in SHORT else 8
+    if shared.micro_batch_tokens is None and (shared.tokens_per_step or not sizes):
+        shared.micro_batch_tokens = 0
+    if shared.tokens_per_step and "per_device_train_batch_size" in given:
+        print("note: --tokens_per_step decides what a step holds, whatever --per_device_train_batch_size says")
     if "per_device_eval_batch_size" not in given:
-        defaults["per_device_eval_batch_size"] = 32 if task in SHORT else 1 if defaults["use_cpu"] else 8
+        defaults["per_device_eval_batch_size"] = 32 if shared.task in SHORT else 1 if defaults["use_cpu"] else 8
     if not given & {"bf16", "fp16"}:
         from recipes.common.models import native_bf16
 
@@ -290,6 +302,11 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     check_task(shared, argv)
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
+    if shared.tokens_per_step and training.gradient_accumulation_steps > 1:
+        raise UserError("--tokens_per_step is what a whole step holds: leave --gradient_accumulation_steps out")
+    strategy = training.train_sampling_strategy
+    if shared.tokens_per_step and strategy not in ("random", "sequential"):
+        raise UserError(f"--train_sampling_strategy {strategy} can't be combined with --tokens_per_step: leave one of them out")
     if shared.multi_label:
         for name, given in (("class_weights", shared.class_weights != "none"), ("oos_label", shared.oos_label),
                             ("label_smoothing_factor", training.label_smoothing_factor)):

@@ -6,6 +6,7 @@ for all tasks, and whatever a task supervises is said here and nowhere else.
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -49,8 +50,7 @@ def next_token(model, inputs) -> list[Part]:
     labels = inputs["labels"][:, 1:]
     keep = labels != IGNORE
     # The last position predicts nothing. The pad at the end makes the mask as long as what the head sees.
-    with only_positions(network(model).get_output_embeddings(), F.pad(keep, (0, 1))):
-        logits = model(**_to_read(inputs), use_cache=False).logits
+    logits = _logits_at(F.pad(keep, (0, 1)), model, **_to_read(inputs), use_cache=False)
     return [Part(logits, labels[keep], keep)]
 
 
@@ -62,9 +62,7 @@ def same_token(model, inputs) -> list[Part]:
     extra = {}
     if network(model).config.is_encoder_decoder:
         extra = {"decoder_input_ids": network(model).prepare_decoder_input_ids_from_labels(labels=labels), "use_cache": False}
-    with only_positions(network(model).get_output_embeddings(), keep):
-        logits = model(**_to_read(inputs), **extra).logits
-    return [Part(logits, labels[keep], keep)]
+    return [Part(_logits_at(keep, model, **_to_read(inputs), **extra), labels[keep], keep)]
 
 
 def masked_and_next_sentence(model, inputs) -> list[Part]:
@@ -128,6 +126,24 @@ def network(model):
     """The transformers model inside `model`, without the wrappers of PEFT and of a group of processes."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _logits_at(keep: torch.Tensor, model, **inputs) -> torch.Tensor:
+    """(keep.sum(), vocabulary): the logits at the positions `keep`, (batch, length), and no others computed if the model allows it."""
+    head = network(model).get_output_embeddings()
+    with only_positions(head, keep) if head is not None else contextlib.nullcontext():
+        logits = model(**inputs).logits
+    if logits.dim() == 2:
+        return logits
+    # There is no such module, or the model multiplies by its weights without calling it.
+    _say_once(f"note: the head of {type(network(model)).__name__} can't be told which positions are trained on, so it computes the logits "
+              "of all: this takes more time and memory")
+    return logits[keep]
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(sentence)
 
 
 @contextlib.contextmanager

@@ -48,8 +48,10 @@ def start(shared, method, training) -> None:
     _use_all_cores(training)
     if training.process_index == 0:
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-        rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {rows} rows a step, run folder {folder}")
+        step = f"{training.train_batch_size * training.gradient_accumulation_steps * training.world_size} rows"
+        if shared.tokens_per_step:
+            step = f"{shared.tokens_per_step} tokens"
+        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {step} a step, run folder {folder}")
 
 
 def _use_all_cores(training) -> None:
@@ -61,10 +63,15 @@ def _use_all_cores(training) -> None:
         print(f"note: accelerate launch allows a lone process one thread; on this CPU it uses {cores}")
 
 
-def steps(rows: int, training) -> int:
-    """The optimizer steps that the Trainer will take on `rows` train rows; known before there is a Trainer."""
+def steps(rows: int, training, an_epoch: int | None = None) -> int:
+    """The optimizer steps that the Trainer will take on `rows` train rows; known before there is a Trainer.
+
+    `an_epoch` is how many there are in an epoch, where --tokens_per_step decides it.
+    """
     if training.max_steps > 0:
         return training.max_steps
+    if an_epoch:
+        return math.ceil(training.num_train_epochs * an_epoch)
     divide = math.floor if training.dataloader_drop_last else math.ceil
     batches = divide(divide(rows / training.train_batch_size) / training.world_size)
     each = max(1, math.ceil(batches / training.gradient_accumulation_steps))
@@ -122,6 +129,7 @@ def finish(trainer, task, shared, method) -> None:
         "seconds": round(seconds, 1),
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": round(trainer.state.num_input_tokens_seen / seconds, 1),
+        "padding_share": round(trainer.padding_share, 4),
         "peak_memory_mb": peak_memory_mb(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "metrics": {f"dev_{key[5:]}": value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(SPEED)},
@@ -139,8 +147,9 @@ def finish(trainer, task, shared, method) -> None:
         record["flops"] = flops(record["tokens"], record["trainable_parameters"], record["total_parameters"])
     write(folder, record)
     trained, total = record["trainable_parameters"], record["total_parameters"]
-    print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
-          f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
+    print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, "
+          f"{100 * record['padding_share']:.1f} % padding, peak memory {record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} "
+          f"parameters trained ({100 * trained / total:.2f} %)")
     print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))
     if "flops" in record:
         print(f"about {record['flops']:.2e} floating point operations for {record['tokens']:,} tokens")

@@ -1,15 +1,17 @@
 """The Trainer of all recipes: transformers' own, with an exact and cheap loss for every task, and exact resume for PEFT.
 
-Four things differ, each in one place:
+Five things differ, each in one place:
 
 - `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
   logits are the largest tensor of a step);
+- a batch is a list: the rows of a step in the groups that they are run in (batches.py), with one loss for all of them;
 - `choose_attention` takes the faster attention kernel for the batch at hand;
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
+import contextlib
 import math
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from recipes.common import losses, regularize
+from recipes.common import batches, losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -48,6 +50,8 @@ class RecipeTrainer(Trainer):
         self.task, self.shared, self.forgetting = task, shared, {}
         if shared.start_from:
             _go_on_from(Path(shared.start_from), model)
+        if shared.attention != "auto":
+            _set_attention(losses.network(model), shared.attention)
         if shared.r_drop and not _has_dropout(model):
             raise UserError("--r_drop compares passes with different dropout, and there is none here: give the model some with "
                             "--model_dropout 0.1")
@@ -61,11 +65,14 @@ class RecipeTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
+        self.padded = self.positions = 0  # that were run in training, by this process
         self.label_names = ["labels"]
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
         result = super().train(*args, **kwargs)
+        padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
+        self.padding_share = padded / positions if positions else 0.0  # a run resumed at its end trains nothing
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
@@ -102,7 +109,48 @@ class RecipeTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; num_items_in_batch counts all processes
         return (loss, None) if return_outputs else loss
 
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """The Trainer's; batches to train on are lists of micro-batches."""
+        self.data_collator = self.task.collate
+        if is_training:
+            group, limit = None, self.shared.micro_batch_tokens
+            # Where each pass gathers weights from all processes, all must make equally many.
+            if limit is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                group = batches.grouping(losses.network(self.model), self.args.bf16, limit)
+            self.data_collator = partial(batches.collate, one=self.task.collate, group=group)
+        return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.shared.tokens_per_step:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return batches.StepsByTokens(batches.lengths(self.train_dataset), self.shared.tokens_per_step, seed,
+                                     self.args.train_sampling_strategy == "random", self.args.world_size, self.args.process_index)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return super()._get_num_items_in_batch([micro_batch for batch in batch_samples for micro_batch in batch], device)
+
+    def _track_num_input_tokens(self, inputs):
+        # At once: processes add up their counts, and may differ in the number of micro-batches.
+        whole = {name: torch.cat([micro_batch[name].flatten() for micro_batch in inputs]) for name in ("input_ids", "attention_mask")}
+        super()._track_num_input_tokens(whole)
+
+    def floating_point_ops(self, inputs):
+        """Those of all micro-batches, as the Trainer counts them."""
+        return sum(map(super().floating_point_ops, inputs))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of each micro-batch of the list `inputs`. Returns the loss, the sum over them."""
+        total = 0
+        for i, micro_batch in enumerate(inputs):
+            mask = micro_batch["attention_mask"]
+            self.padded, self.positions = self.padded + int((mask == 0).sum()), self.positions + mask.numel()
+            # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
+            with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():
+                total = total + self._micro_step(model, micro_batch, num_items_in_batch)
+        return total
+
+    def _micro_step(self, model, inputs, num_items_in_batch):
         """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
         step = partial(super().training_step, model, inputs, num_items_in_batch)
 
@@ -134,7 +182,8 @@ class RecipeTrainer(Trainer):
         return sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts)
 
     def _parts(self, model, inputs) -> list[losses.Part]:
-        choose_attention(losses.network(model), inputs["input_ids"].shape[1])
+        if self.shared.attention == "auto":
+            choose_attention(losses.network(model), inputs["input_ids"].shape[1])
         return self.task.loss(model, inputs)
 
     def _metrics(self, prediction) -> dict[str, float]:
@@ -219,6 +268,14 @@ def _check_same_kind(checkpoint, model) -> None:
     """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round."""
     if (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
         raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
+
+
+def _set_attention(model, kernel: str) -> None:
+    """Raise `UserError` where the model or this machine lacks it."""
+    try:
+        model.set_attn_implementation(kernel)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--attention {kernel}: {' '.join(str(error).split())}") from error
 
 
 def choose_attention(model, length: int) -> None:

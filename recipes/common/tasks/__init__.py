@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 
-from recipes.common import args, data, doctor, losses, models, regularize
+from recipes.common import args, batches, data, doctor, losses, models, regularize
 from recipes.common.errors import UserError
 
 
@@ -55,6 +55,7 @@ class Task:
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
+    steps: int = None  # an epoch's optimizer steps, where --tokens_per_step decides them
     dev: Dataset = None
     old: Dataset = None  # rows on which forgetting is measured
     lineage: list[dict] = field(default_factory=list)  # the runs that this one goes on from, the first one first
@@ -135,6 +136,8 @@ def load(shared, method, training) -> Task:
         refused = list(counts.pop("refused").values())
         task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
                                         "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+    if shared.tokens_per_step:
+        _plan_steps(task, shared.tokens_per_step, training)
     counts, sentences = doctor.brief(read["train"][: shared.max_train_samples], read["dev"][: shared.max_eval_samples],
                                      facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
     task.report["doctor"] = {**counts, "sentences": sentences, "details": doctor_command(shared, training.seed)}
@@ -153,6 +156,19 @@ def doctor_command(shared, seed: int) -> str:
     for name, value in given.items():
         words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
+
+
+def _plan_steps(task: Task, tokens: int, training) -> None:
+    """How many steps of `tokens` tokens the train rows make. Raises `UserError` where a step could not hold a row."""
+    lengths = batches.lengths(task.train)
+    if max(lengths) > tokens:
+        raise UserError(f"--tokens_per_step {tokens}: the longest train row has {max(lengths)} tokens; raise it, or lower --max_length")
+    if len(lengths) < training.world_size:
+        raise UserError(f"--tokens_per_step: {len(lengths)} train rows are too few for {training.world_size} processes")
+    task.steps = batches.steps_of(lengths, tokens, training.world_size)
+    # What the Trainer takes a step to hold when it counts samples per second: the mean.
+    training.per_device_train_batch_size = round(len(lengths) / task.steps / training.world_size)
+    task.report["steps_an_epoch"] = task.steps
 
 
 def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:
