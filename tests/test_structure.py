@@ -52,8 +52,10 @@ MAY_IMPORT = {
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
-    "trainer": {"errors", "losses", "metrics", "regularize"},
-    "runs": {"errors", "report"},
+    "checkpoints": {"errors"},
+    "faults": {"checkpoints", "errors"},
+    "trainer": {"checkpoints", "errors", "faults", "losses", "metrics", "regularize"},
+    "runs": {"checkpoints", "errors", "report"},
     "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 

@@ -32,6 +32,9 @@ def trainer_option(default, help, **others):
     return option(default, help + shown, trainer=True, at_least=0, others=others)
 
 
+FAULTS = "when a run is interrupted or goes wrong"
+
+
 @dataclass
 class SharedArguments:
     """What every recipe needs to know besides `TrainingArguments`."""
@@ -76,6 +79,15 @@ class SharedArguments:
                                         group="against over-fitting")
     r_drop: float = option(0.0, "weight of R-Drop: two passes with different dropout must agree (1 to 5); doubles the time of a step",
                            at_least=0, group="against over-fitting")
+
+    on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, leave "
+                                                                "the step out, or also go back to the last checkpoint", group=FAULTS)
+    data_timeout: int = option(600, "seconds that the data of a step may take to come; 0: no limit", at_least=0, group=FAULTS)
+    allow_changed: str = option(None, "on --resume_from_checkpoint: arguments that may differ from before, as in num_train_epochs,rows",
+                                group=FAULTS)
+    repeats: str = option(None, "the run.json that this run repeats (scripts/train.py --config sets it): changed data are said",
+                          group=FAULTS)
+
     instruction: str = option(None, "what a decoder-only model is told before the source (Translate to Chinese:)", task="translate")
     source_prefix: str = option(None, "what an encoder-decoder reads before the source (T5: translate English to German: )",
                                 task="translate")
@@ -269,6 +281,11 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
+    for name, why in (("auto_find_batch_size", "batches are halved by themselves when memory runs out, and the step keeps its rows"),
+                      ("enable_jit_checkpoint", "SIGTERM writes a checkpoint by itself"),
+                      ("restore_callback_states_from_checkpoint", "a resume restores them by itself")):
+        if getattr(training, name):
+            raise UserError(f"--{name}: {why}; leave it out")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
