@@ -192,7 +192,7 @@ def recipe_flags(recipe: str) -> set[str]:
     path = ROOT / recipe if (ROOT / recipe).is_file() else ROOT / "recipes/lora.py"  # a copy is made of this one
     tree = ast.parse(path.read_text(encoding="utf-8"))
     method = next(node for node in tree.body if isinstance(node, ast.ClassDef))
-    names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer"}
+    names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer", "config"}
     return {f"--{name}" for name in names}
 
 

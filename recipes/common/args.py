@@ -7,6 +7,7 @@ all work under their own names. `transformers` is imported only once the command
 
 import argparse
 import difflib
+import json
 import math
 import os
 import sys
@@ -80,8 +81,8 @@ class SharedArguments:
     r_drop: float = option(0.0, "weight of R-Drop: two passes with different dropout must agree (1 to 5); doubles the time of a step",
                            at_least=0, group="against over-fitting")
 
-    on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, leave "
-                                                                "the step out, or also go back to the last checkpoint", group=FAULTS)
+    on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, "
+                                                                "leave the step out, or also go back to the last checkpoint", group=FAULTS)
     data_timeout: int = option(600, "seconds that the data of a step may take to come; 0: no limit", at_least=0, group=FAULTS)
     allow_changed: str = option(None, "on --resume_from_checkpoint: arguments that may differ from before, as in num_train_epochs,rows",
                                 group=FAULTS)
@@ -160,6 +161,30 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     _check(shared, training, argv)
     method.check(shared, training)
     return shared, method, training
+
+
+def of_record(record: dict, method_class: type[Method]) -> list[str]:
+    """The flags that give the run of `record` (a run.json) again, but for --output_dir, for the recipe with this `method_class`."""
+    from transformers import TrainingArguments
+
+    shared, method, training = (record[f"{name}_arguments"] for name in ("shared", "method", "training"))
+    if record["model"]["used"] != record["model"]["requested"] and not shared["start_from"]:
+        shared = shared | {"model": record["model"]["used"]}  # a fallback, which stands for nothing else now
+    own = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(SharedArguments)}
+    wanted = {name: value for name, value in shared.items() if value != own.get(name) and name not in ("allow_changed", "repeats")}
+    wanted |= {f.name: method[f.name] for f in fields(method_class) if f.name in method}
+    plain = json.loads(json.dumps(TrainingArguments(output_dir=training["output_dir"], use_cpu=training["use_cpu"]).to_dict(), default=str))
+    always = TRAINER_DEFAULTS.keys() | {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "bf16",
+                                        "use_cpu"}
+    wanted |= {name: value for name, value in training.items() if name in always or value != plain.get(name)
+               if name not in wanted and name not in ("output_dir", "resume_from_checkpoint", "local_rank") and not name.endswith("_token")}
+    words = []
+    for name, value in wanted.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value or ["none"])]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def add_fields(parser, cls, wanted=lambda f: True) -> None:

@@ -170,6 +170,17 @@ def check_unchanged(checkpoint: Path, asked: dict, allowed: str | None) -> list[
     return list(phrases.values())
 
 
+def changed_since(path: Path, asked: dict) -> list[str]:
+    """A sentence on each split, and the model, that is another than in the run.json `path`, though the run is to repeat that one."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    before, now = record["data"]["splits"], asked["rows"]
+    found = [f"the {split} data are not those of {path}" for split in sorted(before.keys() | now)
+             if split not in now or any(before.get(split, {}).get(name) != value for name, value in now[split].items())]
+    used = record["model"]
+    was = used["used"] + (f" at {used['revision']}" if used["revision"] else "")
+    return found + ([f"the model is {asked['model']}, not {was} as in {path}"] if was != asked["model"] else [])
+
+
 @contextlib.contextmanager
 def failure_told(what: Path, folder: Path):
     """Turn a failure to write `what` into the run folder `folder` into a `UserError`; a checkpoint's half is removed."""

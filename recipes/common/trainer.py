@@ -69,7 +69,9 @@ class RecipeTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
         if checkpoint := kwargs.get("resume_from_checkpoint"):
-            self._changes = checkpoints.check_unchanged(Path(checkpoint), self._asked(), self.shared.allow_changed)
+            self.allowed = checkpoints.check_unchanged(Path(checkpoint), self._asked(), self.shared.allow_changed)
+        for sentence in checkpoints.changed_since(Path(self.shared.repeats), self._asked()) if self.shared.repeats else ():
+            self.watch.tell(sentence)
         with self.watch.signals():
             result = super().train(*args, **kwargs)
         if self.task.old is not None:
@@ -210,7 +212,7 @@ class RecipeTrainer(Trainer):
             if isinstance(callback, EarlyStoppingCallback):
                 ended |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
         self._find_best(Path(resume_from_checkpoint).parent)
-        changes = f"; allowed to change: {'; '.join(self._changes)}" if self._changes else ""
+        changes = f"; {'; '.join(self.allowed)}" if self.allowed else ""
         self.watch.tell(f"resumed from {resume_from_checkpoint}{changes}")
         return (num_train_epochs, 0) if ended else (epochs, batches)
 
