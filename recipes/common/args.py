@@ -174,10 +174,12 @@ def of_record(record: dict, method_class: type[Method]) -> list[str]:
     wanted = {name: value for name, value in shared.items() if value != own.get(name) and name not in ("allow_changed", "repeats")}
     wanted |= {f.name: method[f.name] for f in fields(method_class) if f.name in method}
     plain = json.loads(json.dumps(TrainingArguments(output_dir=training["output_dir"], use_cpu=training["use_cpu"]).to_dict(), default=str))
-    always = TRAINER_DEFAULTS.keys() | {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "bf16",
-                                        "use_cpu"}
-    wanted |= {name: value for name, value in training.items() if name in always or value != plain.get(name)
-               if name not in wanted and name not in ("output_dir", "resume_from_checkpoint", "local_rank") and not name.endswith("_token")}
+    plain |= {name: default for name, (default, _) in TRAINER_DEFAULTS.items()} | {"report_to": ["tensorboard"]}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "bf16", "use_cpu",
+                 "load_best_model_at_end"):
+        plain.pop(name)  # their defaults depend on the hardware and on other flags
+    wanted |= {name: value for name, value in training.items() if value != plain.get(name) if name not in wanted
+               and name not in ("output_dir", "resume_from_checkpoint", "local_rank") and not name.endswith("_token")}
     words = []
     for name, value in wanted.items():
         if isinstance(value, list):

@@ -143,7 +143,8 @@ class Watch(TrainerCallback, ExportableState):
         step that were done before are done again.
         """
         def again(rows):
-            self._less(rows, "training", "accumulation is raised to match, and a step has as many rows as before", "--max_length")
+            self._less(f"step {self.trainer.state.global_step + 1}: out of memory while training", rows,
+                       "accumulation is raised to match, and a step has as many rows as before")
             self.rows_at_once = rows
             self.trainer.model.zero_grad()
             for earlier in self.seen:
@@ -162,19 +163,18 @@ class Watch(TrainerCallback, ExportableState):
     def evaluate(self, run: Callable, inputs: dict):
         """`run` over a batch: tensors whose first dimension is the batch; in smaller pieces where memory runs out."""
         def again(rows):
-            self._less(rows, "evaluating", "the scores are the same", "--max_length")
+            self._less(f"after step {self.trainer.state.global_step}: out of memory while evaluating", rows, "the scores are the same")
             self.eval_rows_at_once = rows
 
         return joined(in_pieces(run, inputs, self.eval_rows_at_once, again))
 
-    def _less(self, rows: int, doing: str, effect: str, flag: str) -> None:
-        step = self.trainer.state.global_step + 1
+    def _less(self, what: str, rows: int, effect: str) -> None:
         if self.trainer.args.world_size > 1:
-            raise UserError(f"step {step}: out of memory while {doing}; several processes can't change their batches on the way: halve "
-                            "--per_device_train_batch_size (or the eval one) and double --gradient_accumulation_steps")
+            raise UserError(f"{what}; several processes can't change their batches on the way: halve --per_device_train_batch_size (or the "
+                            "eval one) and double --gradient_accumulation_steps")
         if not rows:
-            raise UserError(f"step {step}: out of memory while {doing} with a single row: lower {flag}, or add --activation_checkpointing")
-        self.tell(f"step {step}: out of memory while {doing}: from here on at most {rows} rows at once; {effect}")
+            raise UserError(f"{what} with a single row: lower --max_length, or add --activation_checkpointing")
+        self.tell(f"{what}: from here on at most {rows} rows at once; {effect}")
 
     # Numbers
 

@@ -302,7 +302,10 @@ def _go_on_from(run: Path, model) -> None:
 
 
 def _check_same_kind(checkpoint, model) -> None:
-    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round."""
+    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round, or from a pickle."""
+    if any(Path(checkpoint).glob("*.bin")) and not any(Path(checkpoint).glob("*.safetensors")):
+        raise UserError(f"{checkpoint} holds pickled weights, which are not loaded, as a pickle can run any code when it is opened: resume "
+                        "from a checkpoint with safetensors")
     if (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
         raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
 
