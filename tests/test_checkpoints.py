@@ -148,6 +148,12 @@ def test_a_changed_argument_is_refused_unless_it_is_allowed(make):
         checkpoints.check_unchanged(folder, now, "rnak")
 
 
+def test_a_checkpoint_without_optimizer_is_no_place_to_go_on_from(make):
+    folder = make(2, {"save_only_model": True})
+    with pytest.raises(UserError, match="checkpoint-2 was written with --save_only_model"):
+        checkpoints.check_unchanged(folder, {"save_only_model": True}, None)
+
+
 # Whole runs
 
 
@@ -327,6 +333,19 @@ def test_a_config_that_is_no_run_json_is_refused(text, why, tmp_path):
         (tmp_path / "run.json").write_text(text, encoding="utf-8")
     result = call("scripts/train.py", "--config", tmp_path / "run.json")
     assert result.code == 1 and why in result.err and "Traceback" not in result.err
+
+
+def test_full_determinism_gives_equal_weights(tiny, data, tmp_path):
+    kept = {name: os.environ.get(name) for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING",
+                                                    "HCCL_DETERMINISTIC", "FLASH_ATTENTION_DETERMINISTIC")}
+    try:
+        for name, seed in (("one", "42"), ("two", "42"), ("other", "43")):
+            run_recipe("lora", tiny("gpt2"), data, tmp_path / name, *STEPS, "--max_steps", "3", "--full_determinism", "--seed", seed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name, value in kept.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    assert same_end(tmp_path / "one", tmp_path / "two") and not same_end(tmp_path / "one", tmp_path / "other")
 
 
 # Secrets

@@ -92,8 +92,6 @@ def fault(checkpoint: Path, contents: bool = True) -> str | None:
             return f"{name} has {size:,} bytes where {wanted[name][0]:,} were written"
         if contents and _digest(checkpoint / name) != wanted[name][1]:
             return f"{name} was changed since it was written (its SHA-256 is another)"
-    if "optimizer.pt" not in wanted and not any(name.startswith(("optimizer", "global_step")) for name in wanted):
-        return "it holds no state of the optimizer (--save_only_model)"
     return None
 
 
@@ -155,6 +153,8 @@ def check_unchanged(checkpoint: Path, asked: dict, allowed: str | None) -> list[
     Raises `UserError` for any other change, and for names in `allowed` (separated by commas) that are none.
     """
     before, names = read_manifest(checkpoint)["asked"], {name for name in (allowed or "").split(",") if name}
+    if before.get("save_only_model"):
+        raise UserError(f"{checkpoint} was written with --save_only_model, so it holds no optimizer to go on with: train under a new name")
     if unknown := sorted(names - asked.keys() - before.keys()):
         raise UserError(f"--allow_changed {unknown[0]}: no argument of that name is compared; name a flag without its dashes, or rows")
     phrases = {}

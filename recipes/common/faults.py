@@ -92,6 +92,8 @@ class Watch(TrainerCallback, ExportableState):
         finally:
             for number, previous in before.items():
                 signal.signal(number, previous)
+        if self.signal is not None:
+            print("the training had ended already: it is scored and saved, which a further signal breaks off", flush=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.seen, self.step_loss, self.broken = [], 0.0, None
