@@ -220,6 +220,8 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
         return f"{script} does not exist"
     if script != "scripts/train.py":
         known = flags_of(script)
+    elif "--config" in given and "--recipe" not in given:
+        known = recipe_flags("recipes/lora.py")  # of the run's own recipe, which no one knows here
     elif "--recipe" not in given:
         known = {"--help"}
     else:
