@@ -192,6 +192,7 @@ def main():
     parser.add_argument("--moments", choices=("random", "calls"), default="random", help="when to kill (default: random)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
     gc.freeze()  # every Trainer collects garbage, and would look through all that is imported, in every process
     rng, total = random.Random(options.seed), Counter()

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_cli import call
 from test_methods import run_recipe
 from transformers import TrainerCallback
 
-from recipes.common import checkpoints, runs
+from recipes.common import args, checkpoints, runs
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer
 
@@ -318,6 +319,31 @@ def test_run_json_gives_the_run_back(through, data, tmp_path):
     assert record["training_arguments"]["learning_rate"] == 0.01 and not record.get("events")
 
 
+@pytest.mark.parametrize(("recipe", "flags"), [
+    ("lora", "--rank 4 --warmup_steps 0 --seed 3 --optim adafactor --report_to none"),
+    ("prefix", "--prefix_projection --eval_strategy steps --eval_steps 7 --save_strategy steps --save_steps 7 "
+               "--load_best_model_at_end True --early_stopping_patience 2"),
+    ("full", "--task classify --label topic --oos_label other --data a.csv:0.7 b.csv:0.3 --columns text=q --model minilm "
+             "--save_strategy no --eval_strategy no --weight_decay 0.1"),
+    ("adalora", "--num_train_epochs 5 --logging_steps 1 --bf16 False --gradient_accumulation_steps 3 "
+                "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {\"min_lr\":1e-5}"),
+    ("adapter", "--task translate --instruction Translate: --max_steps 9 --learning_rate 0.5 --no_load_best_model_at_end"),
+])
+def test_the_flags_of_a_record_parse_to_the_same_arguments(recipe, flags):
+    module = importlib.import_module(f"recipes.{recipe}")
+
+    def arguments(words):
+        shared, method, training = args.parse(module.__doc__, module.MethodArguments, [*words, "--output_dir", "out"])
+        return json.loads(json.dumps({"shared_arguments": asdict(shared), "method_arguments": asdict(method),
+                                      "training_arguments": training.to_dict()}, default=str))
+
+    asked = arguments(flags.split(" "))
+    record = asked | {"model": {"used": asked["shared_arguments"]["model"], "requested": asked["shared_arguments"]["model"]}}
+    assert arguments(args.of_record(record, module.MethodArguments)) == asked
+    record["model"]["used"] = "smollm2-from-the-shelf"  # what a fallback put in its place
+    assert arguments(args.of_record(record, module.MethodArguments))["shared_arguments"]["model"] == "smollm2-from-the-shelf"
+
+
 def test_changed_data_are_said_when_a_run_is_repeated(through, tmp_path):
     record = json.loads((through / "run.json").read_text(encoding="utf-8"))
     record["data"]["splits"]["train"]["sha256"] = "0" * 64
@@ -368,7 +394,8 @@ def test_no_secret_reaches_the_run_folder(tiny, data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "shown"), [
     ("--push_to_hub_token=abc", "--push_to_hub_token=<secret>"), ("http://me:pw@host/x", "http://me:<secret>@host/x"),
-    ("ghp_" + "x" * 20, "<secret>"), ("data/customer_service", "data/customer_service"), ("hf_transfer", "hf_transfer"),
+    ("ghp_" + "x" * 20, "<secret>"), ("data/customer_service", "data/customer_service"),
+    ("hf_internal_testing/tiny-gpt2", "hf_internal_testing/tiny-gpt2"),
 ])
 def test_what_looks_like_a_secret_is_hidden(text, shown):
     assert runs.without_secrets({"a": [text]}) == {"a": [shown]}

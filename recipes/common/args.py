@@ -324,6 +324,8 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
+    if shared.repeats and not Path(shared.repeats).is_file():
+        raise UserError(f"--repeats {shared.repeats}: no such file; name the run.json of a finished run")
     if shared.replay and shared.measure_forgetting:
         raise UserError("--replay measures forgetting on its own source: leave --measure_forgetting out")
     if not 0 < shared.dev_fraction < 1:

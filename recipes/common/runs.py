@@ -24,7 +24,8 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate
 # Names of environment variables that hold secrets; and tokens as the Hub, GitHub, OpenAI, AWS and others shape them, what follows a flag
 # --..._token, and a password in an address.
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.I)
-SECRET = re.compile(r"(--\w*_token[= ]|://[^/\s:@]+:(?=[^/\s@]+@))[^\s@]+|\b(?:hf_|gh[pousr]_|sk-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}")
+SECRET = re.compile(r"(--\w*_token[= ]|://[^/\s:@]+:(?=[^/\s@]+@))[^\s@]+"
+                    r"|\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})")
 SPEED = ("_runtime", "_per_second")  # what the Trainer adds to the scores of an evaluation
 
 
@@ -79,12 +80,10 @@ def checkpoint(training) -> str | None:
     asked = training.resume_from_checkpoint
     if not asked:
         return None
-    if asked.lower() != "true":
-        return asked
-    folder = Path(training.output_dir)
+    folder, named = Path(training.output_dir), asked.lower() != "true"
     with training.main_process_first(desc="looking for a checkpoint"):  # it also clears away what others would see half of
         notes = checkpoints.tidy(folder) if training.process_index == 0 else []
-        newest, passed_over = checkpoints.newest(folder)
+        newest, passed_over = (Path(asked), []) if named else checkpoints.newest(folder)
     if training.process_index == 0:
         for note in notes + passed_over:
             print(f"note: {note}")

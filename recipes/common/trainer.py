@@ -40,7 +40,8 @@ class RecipeTrainer(Trainer):
     (args.SharedArguments) asks for. `method` (args.Method) is written into checkpoints, to be compared when a run goes on."""
 
     def __init__(self, *, model, args, task, shared, callbacks, method=None, **kwargs):
-        self.watch, self.method, self.stage = faults.Watch(self, shared.on_nan), method, None
+        self.watch, self.method = faults.Watch(self, shared.on_nan), method
+        self.stage, self.allowed = None, []  # where a checkpoint is being written; what differs from the run that is resumed
         callbacks = [*callbacks, self.watch]
         if shared.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
@@ -171,6 +172,8 @@ class RecipeTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, with every token on the command line; run.json says it all
         if isinstance(self.model, PeftModel):
             save_file(trained_state(self.model), folder / TRAINED)
