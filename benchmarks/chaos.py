@@ -6,13 +6,13 @@ A tiny model with random weights is trained on a few dialogues. Each life of the
 are imported once) that is ended by SIGKILL and followed by one with --resume_from_checkpoint. A run that reaches its end is compared bit
 for bit with the undisturbed one: weights, the losses of all steps, the scores. Then the next run begins, until all kills are done.
 
-`--moments random` (the default) kills after a random time. `--moments calls` kills at random calls, counted, of what writes, renames or
-deletes files and of what computes a step: the same moments on every machine. Each second kill is aimed inside the saving.
+`--moments random` (the default) kills after a random share of the processor time that a run takes. `--moments calls` kills at random
+calls, counted, of what writes, renames or deletes files and of what computes a step: the same moments on every machine. Each second kill is
+aimed inside the saving.
 """
 
 import argparse
 import builtins
-import contextlib
 import gc
 import importlib
 import json
@@ -130,6 +130,16 @@ def _frames():
         frame = frame.f_back
 
 
+def _kill_after(pid: int, seconds: float) -> None:
+    """End a child by SIGKILL once it has used so much processor time, which goes on whatever else the machine has to do."""
+    clock = (~pid << 3) | 2  # Linux: the clock of a process's time on the processors
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.clock_gettime(clock) >= seconds:
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.001)
+
+
 def result(output: Path) -> tuple[dict, list, dict]:
     """What a finished run ends with: its weights, the lines of its log without times, its scores."""
     weights = {path.name: load_file(path) for path in output.glob("*.safetensors")}
@@ -151,10 +161,10 @@ def chaos(folder: Path, recipe: str, kills: int, moments: str, rng: random.Rando
     """Kill runs of `recipe` `kills` times in all; counts kills, kills inside saving, runs compared and runs that differed."""
     through, tally = folder / f"{recipe}-undisturbed", Counter()
     reader, writer = os.pipe()
-    began = time.monotonic()
-    if os.waitpid(live(folder, recipe, through, counts=writer), 0)[1]:
+    _, status, usage = os.wait4(live(folder, recipe, through, counts=writer), 0)
+    if status:
         raise RuntimeError(f"the undisturbed run failed: {through.with_suffix('.log').read_text(encoding='utf-8')[-2000:]}")
-    seconds, calls, wanted = time.monotonic() - began, json.loads(os.read(reader, 10_000)), result(through)
+    seconds, calls, wanted = usage.ru_utime + usage.ru_stime, json.loads(os.read(reader, 10_000)), result(through)
     while tally["kills"] < kills:
         output = folder / f"{recipe}-{tally['runs']}"
         planned = min(4, kills - tally["kills"])  # then the run is left to reach its end
@@ -164,9 +174,7 @@ def chaos(folder: Path, recipe: str, kills: int, moments: str, rng: random.Rando
             at = None if last or moments == "random" else rng.randint(1, max(1, calls["saving" if saving else "other"] // (life + 1)))
             pid = live(folder, recipe, output, at, saving)
             if moments == "random" and not last:
-                time.sleep(rng.uniform(0, seconds / (1 + life / 2)))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                _kill_after(pid, rng.uniform(0, seconds / (1 + life / 2)))
             status = os.waitpid(pid, 0)[1]
             if os.WIFSIGNALED(status):
                 tally["kills"] += 1
