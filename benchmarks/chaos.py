@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from recipes.common import checkpoints, runs, tasks  # noqa: F401  tasks: imported before any fork
+from recipes.common import checkpoints, runs
 from recipes.common import trainer as trainer_module
 
 TEXTS = ("Where is my order?", "It arrives on Friday.", "我想退货。", "好的，请告诉我订单号。", "Are you open?", "Yes, until nine.")
@@ -202,6 +202,10 @@ def main():
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
+    # What a run would import on its way is imported here, once for all lives.
+    for name in (*(f"recipes.{recipe}" for recipe in RECIPES), "recipes.common.tasks.chat", "recipes.common.fast_lora",
+                 "recipes.common.rank_allocation", "recipes.common.prefix_start", "matplotlib.figure", "matplotlib.backends.backend_svg"):
+        importlib.import_module(name)
     gc.freeze()  # every Trainer collects garbage, and would look through all that is imported, in every process
     rng, total = random.Random(options.seed), Counter()
     with tempfile.TemporaryDirectory() as name:
