@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DIALOGUES
+from test_generation import make, make_prompts
 from test_methods import run_recipe
 
-from recipes.common import faults, models, report, runs
+from recipes.common import faults, generation, models, report, runs
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer, dataset_outputs
 
@@ -226,6 +227,24 @@ def test_memory_that_runs_out_in_scoring(roomy, capsys):
         task.loss = loss
     assert [sums[0].tolist() for sums in parts] == [pytest.approx(sums[0].tolist(), rel=1e-5) for sums in whole]
     assert "note: out of memory while scoring: from here on at most" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_writing_replies(monkeypatch, capsys):
+    model, tokenizer = make("gpt2")
+    prompts, generate, fits = make_prompts(tokenizer), generation._generate, 1
+    wanted = generation.replies(model, tokenizer, prompts, 8)
+
+    def small(model, tokenizer, prompts, group, max_new_tokens):
+        if len(group) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(model, tokenizer, prompts, group, max_new_tokens)
+
+    monkeypatch.setattr(generation, "_generate", small)
+    assert generation.replies(model, tokenizer, prompts, 8) == wanted
+    assert "note: out of memory while writing the replies of" in capsys.readouterr().out
+    fits = 0
+    with pytest.raises(UserError, match="out of memory while writing the replies of a single dialogue"):
+        generation.replies(model, tokenizer, prompts, 8)
 
 
 def test_only_lack_of_memory_counts_as_such():

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
-    "generation": {"chat", "errors", "losses"},
+    "generation": {"chat", "errors", "faults", "losses"},
     "prefix_start": set(),
     "evaluation": set(),
     "cross_entropy": {"chat"},
