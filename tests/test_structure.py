@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "faults", "losses"},
     "prefix_start": set(),
+    "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
@@ -56,7 +57,8 @@ MAY_IMPORT = {
     "faults": {"checkpoints", "errors"},
     "trainer": {"checkpoints", "errors", "faults", "losses", "metrics", "regularize"},
     "runs": {"checkpoints", "errors", "report"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+              "regularize", "trainer"},
 }
 
 
