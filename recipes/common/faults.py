@@ -27,6 +27,7 @@ STOPPED = 75  # exit status of a run that a signal ended in good order: sysexits
 GIVE_UP = 10  # steps in a row whose numbers are broken: then the weights are, and to go on would only take time
 REMEMBERED, NEEDED = 50, 20  # losses that a spike is measured against, and how many there must be
 NAMED = 8  # rows that a sentence names
+SEARCHED = 200_000  # rows of a data set that is searched for their numbers, which takes some seconds
 
 
 class Watch(TrainerCallback, ExportableState):
@@ -238,13 +239,14 @@ class Watch(TrainerCallback, ExportableState):
 def rows_named(batches: list[dict], dataset, tokenizer) -> str:
     """Which rows of `dataset` (features with input_ids) the batches hold: their numbers, from 1, and how they begin.
 
-    Batches carry no numbers, so the rows are found by their tokens; those that were packed or are streamed are told by their beginning.
+    Batches carry no numbers, so the rows are found by their tokens. Those that were packed, are streamed or stand in a very large data set
+    are told by their beginning.
     """
     found = {}
     for batch in batches:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             found[tuple(ids[mask.bool()].tolist())] = None
-    if hasattr(dataset, "__len__"):
+    if hasattr(dataset, "__len__") and len(dataset) <= SEARCHED:
         for number, row in enumerate(dataset, start=1):
             ids = tuple(row["input_ids"])
             if ids in found and found[ids] is None:
