@@ -12,7 +12,7 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm pretrain-tiny
+.PHONY: help setup test lint bench chaos audit chat model-gemma3 intent-minilm sentiment-minilm pretrain-tiny
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
@@ -25,6 +25,8 @@ help:
 	@echo "make test             run the tests"
 	@echo "make lint             check the style"
 	@echo "make bench            speed beside plain Trainer, TRL and plain generate (long; BENCH='--rows 24 --contenders ours')"
+	@echo "make chaos            kill a small training 100 times and compare what it ends with (CHAOS='--kills 20 --moments calls')"
+	@echo "make audit            look the installed packages up in the database of known vulnerabilities"
 	@echo "make setup            only create $(VENV) and install (the other targets do so when needed)"
 	@echo "                      PYTHON=python3.12 chooses the interpreter"
 
@@ -79,6 +81,14 @@ bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@$(BIN)/python benchmarks/train_speed.py --data "$(DATA)/train.jsonl" $(BENCH)
 	@$(BIN)/python benchmarks/generation_speed.py --data "$(DATA)/test.jsonl"
+
+chaos: $(STAMP)
+	@$(BIN)/python benchmarks/chaos.py $(CHAOS)
+
+# --strict: a package that could not be looked up is an error, and does not pass for a safe one.
+audit: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-audit.txt
+	@$(BIN)/python -m pip_audit --strict --skip-editable --progress-spinner off
 
 model-gemma3: $(STAMP)
 	@echo "Gemma 3 270M is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms); by installing it you accept them."

@@ -34,6 +34,8 @@ class MethodArguments(args.Method):
         if self.first_share + self.last_share >= 1:
             raise UserError(f"--first_share {self.first_share} and --last_share {self.last_share} leave no steps between them to cut the "
                             "ranks in: let them add up to less than 1")
+        if shared.on_nan != "stop":
+            raise UserError(f"--on_nan {shared.on_nan} leaves steps out, which the ranks' schedule can't follow: leave it at stop")
         if training.fp16:
             raise UserError("--fp16 skips and scales steps, which the ranks' schedule can't follow: train with --bf16")
 
@@ -72,6 +74,7 @@ def main():
         args=training,
         task=task,
         shared=shared,
+        method=method,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,

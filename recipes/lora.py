@@ -66,6 +66,7 @@ def main():
         args=training,
         task=task,
         shared=shared,
+        method=method,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,

@@ -245,4 +245,4 @@ def test_what_was_not_measured_at_the_start_is_not_made_up_later(tiny, data, tmp
     run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "plain", *steps)
     with pytest.raises(UserError, match="did not measure forgetting before its first step"):
         run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "run", *steps, "--measure_forgetting", str(data["second"]),
-                   "--resume_from_checkpoint", str(tmp_path / "plain" / "checkpoint-2"))
+                   "--resume_from_checkpoint", str(tmp_path / "plain" / "checkpoint-2"), "--allow_changed", "measure_forgetting,rows")

@@ -121,7 +121,9 @@ def test_resume_alone_continues_the_newest_checkpoint(trained, tmp_path, run):
     words = shlex.split(record["command"])[2:]
     words[words.index("--output_dir") + 1] = str(run)
     words[words.index("--num_train_epochs") + 1] = "3"
-    result = call("recipes/lora.py", *words, "--resume_from_checkpoint")
+    refused = call("recipes/lora.py", *words, "--resume_from_checkpoint")
+    assert refused.code == 1 and re.search(r"num_train_epochs was 2.0, now 3.0\).*--allow_changed num_train_epochs", refused.err)
+    result = call("recipes/lora.py", *words, "--resume_from_checkpoint", "--allow_changed", "num_train_epochs")
     assert result.code == 0, result.err
     assert f"resuming from {run / 'checkpoint-4'}" in result.out
     assert read(run)["steps"] == 6

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
-    "generation": {"chat", "errors", "losses"},
+    "generation": {"chat", "errors", "faults", "losses"},
     "prefix_start": set(),
     "head_start": {"models"},
     "evaluation": set(),
@@ -54,8 +54,10 @@ MAY_IMPORT = {
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
     "batches": set(),
-    "trainer": {"batches", "errors", "losses", "metrics", "regularize"},
-    "runs": {"errors", "report"},
+    "checkpoints": {"errors"},
+    "faults": {"checkpoints", "errors"},
+    "trainer": {"batches", "checkpoints", "errors", "faults", "losses", "metrics", "regularize"},
+    "runs": {"checkpoints", "errors", "report"},
     "scratch": {"errors", "models"},
     "tasks": {"args", "batches", "chat", "data", "doctor", "errors", "evaluation", "generation", "head_start", "losses",
               "metrics", "models", "regularize", "scratch", "trainer"},
@@ -194,7 +196,7 @@ def recipe_flags(recipe: str) -> set[str]:
     path = ROOT / recipe if (ROOT / recipe).is_file() else ROOT / "recipes/lora.py"  # a copy is made of this one
     tree = ast.parse(path.read_text(encoding="utf-8"))
     method = next(node for node in tree.body if isinstance(node, ast.ClassDef))
-    names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer"}
+    names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer", "config"}
     return {f"--{name}" for name in names}
 
 
@@ -222,6 +224,8 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
         return f"{script} does not exist"
     if script != "scripts/train.py":
         known = flags_of(script)
+    elif "--config" in given and "--recipe" not in given:
+        known = recipe_flags("recipes/lora.py")  # of the run's own recipe, which no one knows here
     elif "--recipe" not in given:
         known = {"--help"}
     else:

@@ -7,6 +7,7 @@ all work under their own names. `transformers` is imported only once the command
 
 import argparse
 import difflib
+import json
 import math
 import os
 import sys
@@ -30,6 +31,9 @@ def trainer_option(default, help, **others):
     """
     shown = "".join(f"; {value:g} with {name}" for name, value in others.items())
     return option(default, help + shown, trainer=True, at_least=0, others=others)
+
+
+FAULTS = "when a run is interrupted or goes wrong"
 
 
 @dataclass
@@ -88,6 +92,15 @@ class SharedArguments:
                                         group="against over-fitting")
     r_drop: float = option(0.0, "weight of R-Drop: two passes with different dropout must agree (1 to 5); doubles the time of a step",
                            at_least=0, group="against over-fitting")
+
+    on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, "
+                                                                "leave the step out, or also go back to the last checkpoint", group=FAULTS)
+    data_timeout: int = option(600, "seconds that the data of a step may take to come; 0: no limit", at_least=0, group=FAULTS)
+    allow_changed: str = option(None, "on --resume_from_checkpoint: arguments that may differ from before, as in num_train_epochs,rows",
+                                group=FAULTS)
+    repeats: str = option(None, "the run.json that this run repeats (scripts/train.py --config sets it): changed data are said",
+                          group=FAULTS)
+
     instruction: str = option(None, "what a decoder-only model is told before the source (Translate to Chinese:)", task="translate")
     source_prefix: str = option(None, "what an encoder-decoder reads before the source (T5: translate English to German: )",
                                 task="translate")
@@ -180,6 +193,32 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
         raise UserError("--from_scratch draws every weight at random, and this recipe would leave most of them so: use --recipe full")
     method.check(shared, training)
     return shared, method, training
+
+
+def of_record(record: dict, method_class: type[Method]) -> list[str]:
+    """The flags that give the run of `record` (a run.json) again, but for --output_dir, for the recipe with this `method_class`."""
+    from transformers import TrainingArguments
+
+    shared, method, training = (record[f"{name}_arguments"] for name in ("shared", "method", "training"))
+    if record["model"]["used"] != record["model"]["requested"] and not shared["start_from"]:
+        shared = shared | {"model": record["model"]["used"]}  # a fallback, which stands for nothing else now
+    own = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(SharedArguments)}
+    wanted = {name: value for name, value in shared.items() if value != own.get(name) and name not in ("allow_changed", "repeats")}
+    wanted |= {f.name: method[f.name] for f in fields(method_class) if f.name in method}
+    plain = json.loads(json.dumps(TrainingArguments(output_dir=training["output_dir"], use_cpu=training["use_cpu"]).to_dict(), default=str))
+    plain |= {name: default for name, (default, _) in TRAINER_DEFAULTS.items()} | {"report_to": ["tensorboard"]}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "bf16", "use_cpu",
+                 "load_best_model_at_end"):
+        plain.pop(name)  # their defaults depend on the hardware and on other flags
+    wanted |= {name: value for name, value in training.items() if value != plain.get(name) if name not in wanted
+               and name not in ("output_dir", "resume_from_checkpoint", "local_rank") and not name.endswith("_token")}
+    words = []
+    for name, value in wanted.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value or ["none"])]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def add_fields(parser, cls, wanted=lambda f: True) -> None:
@@ -315,6 +354,11 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
+    for name, why in (("auto_find_batch_size", "batches are halved by themselves when memory runs out, and the step keeps its rows"),
+                      ("enable_jit_checkpoint", "SIGTERM writes a checkpoint by itself"),
+                      ("restore_callback_states_from_checkpoint", "a resume restores them by itself")):
+        if getattr(training, name):
+            raise UserError(f"--{name}: {why}; leave it out")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
@@ -324,6 +368,8 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     for name in ("vocab_size", "config"):
         if getattr(shared, name) is not None and not shared.from_scratch:
             raise UserError(f"--{name} changes a model that is trained from the beginning: add --from_scratch, or leave it out")
+    if shared.repeats and not Path(shared.repeats).is_file():
+        raise UserError(f"--repeats {shared.repeats}: no such file; name the run.json of a finished run")
     if shared.replay and shared.measure_forgetting:
         raise UserError("--replay measures forgetting on its own source: leave --measure_forgetting out")
     if not 0 < shared.dev_fraction < 1:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
-from recipes.common import chat, losses
+from recipes.common import chat, faults, losses
 from recipes.common.errors import UserError
 
 
@@ -46,7 +46,7 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
     texts, cut = [""] * len(prompts), 0
     with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
         for group in _batches(_chains(prompts), batch_size):
-            for i, tokens in _generate(model, tokenizer, prompts, group, max_new_tokens).items():
+            for i, tokens in _halving(lambda part: _generate(model, tokenizer, prompts, part, max_new_tokens), group).items():
                 texts[i], unended = _text(tokens, model, tokenizer)
                 cut += unended
             bar.update(sum(map(len, group)))
@@ -136,6 +136,21 @@ class _Join(LogitsProcessor):
                           use_cache=True).logits[:, -1] for network, read, past in self.others]
         mean = torch.stack([each.float().log_softmax(-1) for each in (scores, *logits)]).logsumexp(0)
         return mean.masked_fill(scores == -math.inf, -math.inf)
+
+
+def _halving(run, group: list) -> dict:
+    """What `run(group)` gives, by prompt; where memory runs out, of one half of the group and then of the other. Raises `UserError` if
+    there is nothing to halve."""
+    try:
+        return run(group)
+    except RuntimeError as error:
+        if not faults.out_of_memory(error):
+            raise
+    if len(group) == 1:
+        raise UserError("out of memory while writing the replies of a single dialogue: lower --max_new_tokens, or use a smaller model")
+    half = len(group) // 2
+    print(f"note: out of memory while writing the replies of {len(group)} dialogues at once: they are written in two halves")
+    return _halving(run, group[:half]) | _halving(run, group[half:])
 
 
 def _text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:

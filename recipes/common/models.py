@@ -48,6 +48,9 @@ HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 START = "start"  # in a run folder: the model that a run from scratch started from
 
 
+PICKLED = ("pickled weights (.bin, .pt) are not loaded, as opening a pickle can run any code in it; if you trust where they come from, "
+           "convert them: python -c \"from transformers import AutoModelForCausalLM as M; "
+           "M.from_pretrained('OLD').save_pretrained('NEW')\" (or the class that fits the model)")
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
 
 
@@ -114,7 +117,7 @@ def resolve(name: str, fallback: str | None = None, weights: bool = True) -> Sou
 def load_tokenizer(source: Source):
     """The model's tokenizer, as it ships. Raises `UserError` if there is none that loads."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{source.used} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
 
@@ -122,7 +125,7 @@ def load_tokenizer(source: Source):
 def config(source: Source):
     """The model's config. Raises `UserError` if it can't be read."""
     try:
-        return AutoConfig.from_pretrained(source.folder)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)  # code that a model brings along is never run
     except (ValueError, OSError) as error:
         raise UserError(f"{source.used} is no model that transformers knows: {' '.join(str(error).split())[:300]}") from error
 
@@ -161,7 +164,8 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
     try:
-        model, found = auto_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **config)
+        model, found = auto_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                   output_loading_info=True, **config)
     except (ValueError, OSError, SafetensorError) as error:
         kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"{source.used} can't be loaded as a model for {kind}: {' '.join(str(error).split())[:300]}") from error
@@ -289,6 +293,8 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
             from peft import PeftModel, PeftType
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
+            if not (run / "adapter_model.safetensors").is_file():
+                raise ValueError(f"adapter_model.safetensors is missing; {PICKLED}")
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
             if record.get("method_arguments", {}).get("load_in_4bit"):
                 print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
@@ -388,7 +394,7 @@ def _checked_folder(folder: Path, weights: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: the folder has no config.json, so it is no Hugging Face model")
     if weights and not any(folder.glob("*.safetensors")):
-        raise UserError(f"--model {folder}: the folder has no .safetensors weights; pickled weights are not loaded, convert them first")
+        raise UserError(f"--model {folder}: the folder has no .safetensors weights; {PICKLED}")
     return folder
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -16,10 +17,15 @@ from pathlib import Path
 import torch
 from transformers import enable_full_determinism, set_seed
 
-from recipes.common import report
+from recipes.common import checkpoints, report
 from recipes.common.errors import UserError
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
+# Names of environment variables that hold secrets; and tokens as the Hub, GitHub, OpenAI, AWS and others shape them, what follows a flag
+# --..._token, and a password in an address.
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.I)
+SECRET = re.compile(r"(--\w*_token[= ]|://[^/\s:@]+:(?=[^/\s@]+@))[^\s@]+"
+                    r"|\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})")
 SPEED = ("_runtime", "_per_second")  # what the Trainer adds to the scores of an evaluation
 
 
@@ -34,10 +40,9 @@ def start(shared, method, training) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
     asked = training.resume_from_checkpoint
-    if asked and asked.lower() != "true" and not complete(Path(asked)):
-        why = "it is incomplete, as its writing was interrupted" if Path(asked).is_dir() else "no such folder"
-        raise UserError(f"--resume_from_checkpoint {asked}: {why}")
-    if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
+    if asked and asked.lower() != "true" and (wrong := checkpoints.fault(Path(asked))):
+        raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; --resume_from_checkpoint alone takes the newest whole one")
+    if not asked and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*")) or (folder / checkpoints.STAGE).exists()):
         raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
                         "or continue it with --resume_from_checkpoint")
     # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint; from scratch, "start" as well.
@@ -83,31 +88,23 @@ def checkpoint(training) -> str | None:
     asked = training.resume_from_checkpoint
     if not asked:
         return None
-    if asked.lower() != "true":
-        return asked
-    found = sorted(Path(training.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    newest = next((path for path in found if complete(path)), None)
+    folder, named = Path(training.output_dir), asked.lower() != "true"
+    with training.main_process_first(desc="looking for a checkpoint"):  # it also clears away what others would see half of
+        notes = checkpoints.tidy(folder) if training.process_index == 0 else []
+        newest, passed_over = (Path(asked), []) if named else checkpoints.newest(folder)
     if training.process_index == 0:
-        for path in found[: found.index(newest) if newest else None]:
-            print(f"note: {path} is incomplete, as its writing was interrupted: passed over")
+        for note in notes + passed_over:
+            print(f"note: {note}")
         print(f"resuming from {newest}" if newest else f"{training.output_dir} holds no whole checkpoint: starting at step 0")
     return str(newest) if newest else None
-
-
-def complete(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes trainer_state.json last."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def finish(trainer, task, shared, method) -> None:
     """Score the dev rows with the final model, save it, write run.json and report.html, and say what to do next."""
     metrics = trainer.evaluate()
-    trainer.save_model()
     training = trainer.args
+    with checkpoints.failure_told(Path(training.output_dir) / "model", Path(training.output_dir)):
+        trainer.save_model()
     if not trainer.is_world_process_zero():
         return
     folder = Path(training.output_dir)
@@ -136,6 +133,7 @@ def finish(trainer, task, shared, method) -> None:
         **({"method_report": task.method_report} if task.method_report else {}),
         **({"lineage": task.lineage} if task.lineage else {}),
         **({"forgetting": trainer.forgetting} if trainer.forgetting else {}),
+        **({"events": trainer.watch.events} if trainer.watch.events else {}),
         "method_arguments": asdict(method),
         "shared_arguments": asdict(shared),
         "training_arguments": training.to_dict(),
@@ -145,7 +143,8 @@ def finish(trainer, task, shared, method) -> None:
     }
     if task.name == "pretrain":
         record["flops"] = flops(record["tokens"], record["trainable_parameters"], record["total_parameters"])
-    write(folder, record)
+    with checkpoints.failure_told(folder / "run.json", folder):
+        write(folder, record)
     trained, total = record["trainable_parameters"], record["total_parameters"]
     print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, "
           f"{100 * record['padding_share']:.1f} % padding, peak memory {record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} "
@@ -180,7 +179,8 @@ def numbers_in(parameter) -> int:
 
 
 def write(folder: Path, record: dict) -> None:
-    """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string."""
+    """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string; secrets don't."""
+    record = without_secrets(record)
     temporary = folder / "run.json.tmp"
     temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "run.json")
@@ -212,6 +212,20 @@ def hardware() -> dict:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"gpus": names, "cpu_cores": os.cpu_count(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform()}
+
+
+def without_secrets(value):
+    """`value` with every token or key replaced: what looks like one, and what the environment holds under a name that says so."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name, secret in os.environ.items():
+        if SECRET_NAME.search(name) and len(secret) >= 8:
+            value = value.replace(secret, f"<{name}>")
+    return SECRET.sub(lambda found: f"{found[1] or ''}<secret>", value)
 
 
 def visible(value):

@@ -8,11 +8,13 @@ Five things differ, each in one place:
 - `choose_attention` takes the faster attention kernel for the batch at hand;
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
-- `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
+- `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to;
+- checkpoints are whole or not there (checkpoints.py), and signals, broken numbers and lack of memory are met (faults.py).
 """
 
 import contextlib
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 
-from recipes.common import batches, losses, regularize
+from recipes.common import batches, checkpoints, faults, losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -36,10 +40,12 @@ TRAINED = "trained_parameters.safetensors"
 
 class RecipeTrainer(Trainer):
     """`transformers.Trainer` for the loss and the metrics of a `task` (tasks.Task), with the techniques that `shared`
-    (args.SharedArguments) asks for."""
+    (args.SharedArguments) asks for. `method` (args.Method) is written into checkpoints, to be compared when a run goes on."""
 
-    def __init__(self, *, model, args, task, shared, callbacks, **kwargs):
-        callbacks = list(callbacks)
+    def __init__(self, *, model, args, task, shared, callbacks, method=None, **kwargs):
+        self.watch, self.method = faults.Watch(self, shared.on_nan), method
+        self.stage, self.allowed = None, []  # where a checkpoint is being written; what differs from the run that is resumed
+        callbacks = [*callbacks, self.watch]
         if shared.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if task.old is not None:
@@ -70,7 +76,12 @@ class RecipeTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
-        result = super().train(*args, **kwargs)
+        if checkpoint := kwargs.get("resume_from_checkpoint"):
+            self.allowed = checkpoints.check_unchanged(Path(checkpoint), self._asked(), self.shared.allow_changed)
+        for sentence in checkpoints.changed_since(Path(self.shared.repeats), self._asked()) if self.shared.repeats else ():
+            self.watch.tell(sentence)
+        with self.watch.signals():
+            result = super().train(*args, **kwargs)
         padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
         self.padding_share = padded / positions if positions else 0.0  # a run resumed at its end trains nothing
         if self.task.old is not None:
@@ -140,17 +151,17 @@ class RecipeTrainer(Trainer):
         return sum(map(super().floating_point_ops, inputs))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of each micro-batch of the list `inputs`. Returns the loss, the sum over them."""
-        total = 0
+        """Forward and backward of each micro-batch of the list `inputs`, in pieces where memory runs out. Returns the loss, their sum."""
+        total, run = 0, partial(self._forward_and_backward, model, num_items_in_batch=num_items_in_batch)
         for i, micro_batch in enumerate(inputs):
             mask = micro_batch["attention_mask"]
             self.padded, self.positions = self.padded + int((mask == 0).sum()), self.positions + mask.numel()
             # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
             with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():
-                total = total + self._micro_step(model, micro_batch, num_items_in_batch)
+                total = total + self.watch.train(run, micro_batch)
         return total
 
-    def _micro_step(self, model, inputs, num_items_in_batch):
+    def _forward_and_backward(self, model, inputs, num_items_in_batch):
         """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
         step = partial(super().training_step, model, inputs, num_items_in_batch)
 
@@ -174,9 +185,21 @@ class RecipeTrainer(Trainer):
         """(None, (sums, ...), labels): `sums` are those of losses.row_sums, a row's negative log-likelihood in nats and its number of
         items; after it come the task's own outputs."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            parts = self._parts(model, inputs)
-        return None, (losses.row_sums(parts, inputs.get("bytes")), *self.task.outputs(parts)), inputs["labels"]
+
+        def outputs(piece):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                parts = self._parts(model, piece)
+            return losses.row_sums(parts, piece.get("bytes")), *self.task.outputs(parts)
+
+        return None, self.watch.evaluate(outputs, inputs), inputs["labels"]
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of a step. Raises `UserError` where the data don't come."""
+        with faults.deadline(self.shared.data_timeout, self.state.global_step + 1):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _get_grad_norm(self, *args, **kwargs):
+        return self.watch.checked(super()._get_grad_norm(*args, **kwargs))
 
     def _summed(self, parts) -> torch.Tensor:
         return sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts)
@@ -194,9 +217,73 @@ class RecipeTrainer(Trainer):
         return scores | self.task.metrics(*outputs, prediction.label_ids)
 
     def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, with every token on the command line; run.json says it all
         if isinstance(self.model, PeftModel):
-            save_file(trained_state(self.model), Path(output_dir or self.args.output_dir) / TRAINED)
+            save_file(trained_state(self.model), folder / TRAINED)
+
+    def _asked(self) -> dict:
+        return checkpoints.asked_for(self.task, asdict(self.shared), asdict(self.method) if self.method else {}, self.args)
+
+    def _get_output_dir(self, trial=None):
+        return str(self.stage or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        # The Trainer's own, but written aside and put in its place when it is whole.
+        folder = Path(self.args.output_dir)
+        target, staged = (parent / f"checkpoint-{self.state.global_step}" for parent in (folder, folder / checkpoints.STAGE))
+        with checkpoints.failure_told(target, folder):
+            try:
+                self.stage = staged.parent
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.stage = None
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(target)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                checkpoints.put_in_place(staged, folder, self._asked())
+                checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
+        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        if not resume_from_checkpoint:
+            return epochs, batches
+        ended = self.state.global_step >= max_steps  # the Trainer would take one step more where that is within an epoch
+        for callback in [callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState)]:
+            kept = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            for name, value in kept["attributes"].items():
+                setattr(callback, name, value)
+            if isinstance(callback, EarlyStoppingCallback):
+                ended |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        self._find_best(Path(resume_from_checkpoint).parent)
+        changes = f"; {'; '.join(self.allowed)}" if self.allowed else ""
+        self.watch.tell(f"resumed from {resume_from_checkpoint}{changes}")
+        return (num_train_epochs, 0) if ended else (epochs, batches)
+
+    def _find_best(self, folder: Path):
+        # The run folder may have been moved, and the best checkpoint may be damaged.
+        if not self.state.best_global_step:
+            return
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if wrong := checkpoints.fault(best):
+            self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
+            self.watch.tell(f"{best}, the best so far, can't be used ({wrong}): the best is chosen among the following ones")
+        else:
+            self.state.best_model_checkpoint = str(best)
+
+    def _finalize_training(self, *args, **kwargs):
+        # With a limit of 1 the Trainer would delete the last checkpoint before the run is finished, if it is not the best.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _check_same_kind(resume_from_checkpoint, self.model)
@@ -265,7 +352,10 @@ def _go_on_from(run: Path, model) -> None:
 
 
 def _check_same_kind(checkpoint, model) -> None:
-    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round."""
+    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round, or from a pickle."""
+    if any(Path(checkpoint).glob("*.bin")) and not any(Path(checkpoint).glob("*.safetensors")):
+        raise UserError(f"{checkpoint} holds pickled weights, which are not loaded, as a pickle can run any code when it is opened: resume "
+                        "from a checkpoint with safetensors")
     if (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
         raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
 
@@ -298,18 +388,29 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
     `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded.
     """
     order, out, batch = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), [()] * len(rows), []
+
+    def run(piece):
+        passes = []
+        for member in losses.members(model):
+            choose_attention(losses.network(member), piece["input_ids"].shape[1])
+            passes.append(task.loss(member, piece))
+        parts = passes[0] if len(passes) == 1 else losses.average(passes)
+        return losses.row_sums(parts, piece.get("bytes")), *task.outputs(parts)
+
+    def less(fitting):
+        nonlocal tokens_per_batch
+        if not fitting:
+            raise UserError(f"out of memory while {description.lower()} a single row: use a machine with more memory, or shorter rows")
+        tokens_per_batch = fitting * inputs["input_ids"].shape[1]
+        print(f"note: out of memory while {description.lower()}: from here on at most {tokens_per_batch} tokens at once")
+
     for position, i in enumerate(tqdm(order, desc=description, unit="rows")):
         batch.append(i)
         following = order[position + 1: position + 2]
         if following and len(rows[following[0]]["input_ids"]) * (len(batch) + 1) <= tokens_per_batch:
             continue
         inputs = {name: tensor.to(model.device) for name, tensor in task.collate([rows[j] for j in batch]).items()}
-        passes = []
-        for member in losses.members(model):
-            choose_attention(losses.network(member), inputs["input_ids"].shape[1])
-            passes.append(task.loss(member, inputs))
-        parts = passes[0] if len(passes) == 1 else losses.average(passes)
-        columns = [tensor.cpu().numpy() for tensor in (losses.row_sums(parts, inputs.get("bytes")), *task.outputs(parts))]
+        columns = [tensor.cpu().numpy() for tensor in faults.joined(faults.in_pieces(run, inputs, None, less))]
         for j, *values in zip(batch, *columns, strict=True):
             out[j] = tuple(values)
         batch = []
