@@ -184,7 +184,6 @@ class Watch(TrainerCallback, ExportableState):
         fp16 is left to its loss scaler, which skips steps with a broken gradient by itself.
         """
         losses = torch.stack(self.seen_losses).tolist()  # here, and not at each micro-batch, as a GPU is waited for
-        self.step_loss = sum(losses)
         for batch, loss in zip(self.seen, losses, strict=True):
             if not math.isfinite(loss):
                 self.broken = f"the loss is {loss}", [batch]
@@ -193,7 +192,7 @@ class Watch(TrainerCallback, ExportableState):
             self.broken = f"the norm of the gradient is {float(gradient_norm)}", self.seen
         if not self._anywhere(self.broken is not None):
             self.broken_in_a_row = 0
-            self._watch_for_spikes()
+            self._watch_for_spikes(sum(losses))
             return gradient_norm
         what, batches = self.broken or ("loss or gradient is broken in another process", [])
         self.broken_in_a_row += 1
@@ -227,13 +226,13 @@ class Watch(TrainerCallback, ExportableState):
         trainer.lr_scheduler.load_state_dict(schedule)
         return f"weights and optimizer are those of {checkpoint} again, and "
 
-    def _watch_for_spikes(self) -> None:
+    def _watch_for_spikes(self, loss: float) -> None:
         if len(self.losses) >= NEEDED:
             mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
-            if self.step_loss > max(1.5 * mean, mean + 5 * deviation):
-                self.tell(f"step {self.trainer.state.global_step + 1}: the loss leapt to {self.step_loss:.3f}, from {mean:.3f} on average, "
+            if loss > max(1.5 * mean, mean + 5 * deviation):
+                self.tell(f"step {self.trainer.state.global_step + 1}: the loss leapt to {loss:.3f}, from {mean:.3f} on average, "
                           f"on {self._rows(self.seen)}")
-        self.losses = [*self.losses, self.step_loss][-REMEMBERED:]
+        self.losses = [*self.losses, loss][-REMEMBERED:]
 
     def _rows(self, batches: list[dict]) -> str:
         return rows_named(batches, self.trainer.train_dataset, self.trainer.processing_class)
