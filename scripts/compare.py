@@ -201,7 +201,7 @@ def share(text: str) -> float:
     return number
 
 
-def settings_of(grid: list[str], modules: dict[str, dict]) -> dict[str, list[tuple]]:
+def settings_of(grid: list[str], modules: dict) -> dict[str, list[tuple]]:
     """The combinations of --grid for each recipe: tuples of (flag, value). Raises `UserError`."""
     axes = {name: {} for name in modules}
     for text in grid:
@@ -209,7 +209,7 @@ def settings_of(grid: list[str], modules: dict[str, dict]) -> dict[str, list[tup
         name, _, flag = left.rpartition(".")
         if name not in axes or not values or not all(values.split(",")):
             raise UserError(f"--grid {text}: write RECIPE.FLAG=V1,V2 with one of the --recipes ({', '.join(axes)}), as in lora.rank=4,8")
-        known = [f.name for f in fields(modules[name]["MethodArguments"])]
+        known = [f.name for f in fields(modules[name].MethodArguments)]
         if flag not in known:
             raise UserError(f"--grid {text}: {name} has no flag {flag} of its own, but {', '.join(known)}; flags for all recipes are given "
                             "as such")
@@ -219,12 +219,12 @@ def settings_of(grid: list[str], modules: dict[str, dict]) -> dict[str, list[tup
     return {name: [tuple(zip(own, point, strict=True)) for point in itertools.product(*own.values())] for name, own in axes.items()}
 
 
-def understood(name: str, module: dict, flags: list[str]):
+def understood(name: str, module, flags: list[str]):
     """(SharedArguments, MethodArguments, TrainingArguments) of the recipe for these flags. Raises `UserError` for what it refuses."""
     before = sys.argv
     sys.argv = [f"{name}.py"]
     try:
-        return args.parse(module["__doc__"], module["MethodArguments"], [*flags, "--output_dir", "unused"])
+        return args.parse(module.__doc__, module.MethodArguments, [*flags, "--output_dir", "unused"])
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     finally:

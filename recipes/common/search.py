@@ -7,10 +7,9 @@ default, and each flag of the recipe whose `option` names values in `search`. No
 """
 
 import argparse
-import ast
+import importlib.util
 import json
 import math
-import runpy
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -31,16 +30,17 @@ def file_of(name: str) -> Path:
     return path
 
 
-def recipe_of(path: Path) -> dict:
-    """What the file of a recipe defines, without running its main(). Raises `UserError` for a file that is no recipe."""
+def recipe_of(path: Path):
+    """The module of a recipe's file; its main() is not run. Raises `UserError` for a file that is no recipe."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for what annotations name
     try:
-        ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
         raise UserError(f"{path} is no Python file: {error}") from error
-    namespace = runpy.run_path(str(path), run_name=path.stem)
-    if missing := [name for name in ("MethodArguments", "adapt", "main") if name not in namespace]:
+    if missing := [name for name in ("MethodArguments", "adapt", "main") if not hasattr(module, name)]:
         raise UserError(f"{path} defines no {missing[0]}: a recipe has MethodArguments, adapt and main (CONTRIBUTING.md)")
-    return namespace
+    return module
 
 
 def main():
@@ -58,13 +58,13 @@ def main():
     Path(options.result).write_text(json.dumps(runs.visible(result), indent=2) + "\n", encoding="utf-8")
 
 
-def search(recipe: dict, flags: list[str], trials: int) -> dict:
+def search(recipe, flags: list[str], trials: int) -> dict:
     """Train `trials` times on the train rows, each time with other flags, and compare the loss on dev.
 
     Returns {"best": flag -> value, "trials": [{"settings", "dev_loss", "state"}]}. A trial that diverges counts as infinitely bad; one
     that does worse than the others after an epoch may end early (state PRUNED). Raises `UserError` if none ends well.
     """
-    shared, method, training = args.parse(recipe["__doc__"], recipe["MethodArguments"], [
+    shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [
         *flags, "--save_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"])
     import optuna
 
@@ -84,7 +84,7 @@ def search(recipe: dict, flags: list[str], trials: int) -> dict:
 
     def model_for(trial):
         chosen = {name: trial.suggest_categorical(name, values) for name, values in knobs.items()}
-        model, callbacks = recipe["adapt"](task.load_model(), task, replace(method, **chosen), training)
+        model, callbacks = recipe.adapt(task.load_model(), task, replace(method, **chosen), training)
         prepare(model, training, shared)
         for callback in own:
             trainer.remove_callback(callback)
@@ -93,7 +93,7 @@ def search(recipe: dict, flags: list[str], trials: int) -> dict:
             trainer.add_callback(callback)
         return model
 
-    model, own = recipe["adapt"](task.load_model(), task, method, training)
+    model, own = recipe.adapt(task.load_model(), task, method, training)
     trainer = RecipeTrainer(model=model, args=training, task=task, shared=shared, train_dataset=task.train, eval_dataset=task.dev,
                             data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
     trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
