@@ -306,7 +306,7 @@ def score(run: Run, result: dict, plan, out: Path, base: bool) -> None:
            *(["--limit", str(plan.options.limit)] if plan.options.limit else [])]
     done = folder / "scored.json"  # how the run was scored last
     before = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    if before.get("how") == how and (before["base"] or not base):
+    if before.get("how") == how and (before["base"] or not base) and plan.split in result["record"].get("evaluation", {}):
         return
     print(f"scoring {run.name}{' and the untuned model' if base else ''} ...", flush=True)
     if call([sys.executable, str(ROOT / "scripts/evaluate.py"), "--run", str(folder), *how, *(["--base"] if base else [])], log):

@@ -169,9 +169,9 @@ def _and(names: list[str]) -> str:
 
 # The table
 
-COSTS = {"trainable_parameters": ("trained", lambda value: _short(value)), "seconds": ("seconds", lambda value: f"{value:.0f}"),
-         "tokens_per_second": ("tokens/s", lambda value: f"{value:.0f}"), "peak_memory_mb": ("GB", lambda value: f"{value / 1000:.1f}"),
-         "disk_mb": ("MB disk", lambda value: f"{value:.1f}"), "latency": ("s/answer", lambda value: f"{value:.3g}")}
+COSTS = {"trainable_parameters": ("trained", lambda value: _short(value)), "seconds": ("s", lambda value: f"{value:.0f}"),
+         "tokens_per_second": ("tok/s", lambda value: f"{value:.0f}"), "peak_memory_mb": ("GB", lambda value: f"{value / 1000:.1f}"),
+         "disk_mb": ("MB", lambda value: f"{value:.1f}"), "latency": ("s/answer", lambda value: f"{value:.3g}")}
 
 
 def table(record: dict, intervals: int) -> tuple[list[str], list[list[str]]]:
@@ -237,8 +237,8 @@ def notes(record: dict) -> list[str]:
     main = item_scores.METRICS[record["main_metric"]].title
     return [f"intervals: 95 %, bootstrap over {record['items']} {record['unit']}" + (" and over seeds" if len(record["seeds"]) > 1 else ""),
             f"p: that the {main} is as good as the best one's, paired bootstrap, corrected for several comparisons (Holm)",
-            "seconds, tokens/s, GB (peak memory): of the training; MB disk: what has to be deployed, without the model below an adapter; "
-            "s/answer: one at a time, median", *record["notes"]]
+            "trained: parameters; s, tok/s (tokens a second), GB (peak memory): of the training; MB: to be deployed, without the "
+            "model below an adapter; s/answer: one at a time, median", *record["notes"]]
 
 
 def settings(chosen: dict) -> str:
