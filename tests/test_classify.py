@@ -1,6 +1,7 @@
 """The task classify: rows and turns, labels, weights, thresholds, and whole runs on tiny models with every recipe."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,62 @@ def test_the_threshold_parts_what_can_be_parted():
     inside = np.linspace(0, 5, 100)[:, None] * np.array([[1.0, 0.0]])
     cut = classify.threshold(inside, np.zeros(100, dtype=int))  # nothing out of scope: one row in twenty is turned away
     assert (classify.confidence(inside) < cut).sum() == 5
+
+
+# Pooling
+
+
+def sentence_encoder(tiny, folder, **modes):
+    """The tiny BERT with the file in which sentence-transformers says how it was pooled."""
+    shutil.copytree(tiny("bert"), folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+    return folder
+
+
+def test_a_sentence_encoder_is_pooled_as_it_was_trained(tiny, tmp_path):
+    task = task_for(sentence_encoder(tiny, tmp_path / "mean", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False))
+    model = task.load_model().eval()
+    features, _ = task.encode(ROWS, "x")
+    batch = task.collate([features[i] for i in range(len(features))])
+    with torch.no_grad():
+        [part] = losses.rows(model, batch)
+        states = model.bert(**{k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}).last_hidden_state
+        mean = torch.stack([row[: int(mask.sum())].mean(0) for row, mask in zip(states, batch["attention_mask"], strict=True)])
+        torch.testing.assert_close(part.logits, model.classifier(mean))
+        alone = torch.cat([losses.rows(model, task.collate([features[i]]))[0].logits for i in range(len(features))])
+    torch.testing.assert_close(part.logits, alone, rtol=1e-4, atol=1e-5)  # padding is no part of the mean
+    assert not any("pooler" in name for name, _ in model.named_parameters()) and task.new_modules() is None
+
+
+@pytest.mark.parametrize(("modes", "flag", "pooled"), [
+    ({"pooling_mode_cls_token": True}, "auto", "cls"), ({"pooling_mode_mean_tokens": True}, "cls", "cls"),
+    ({"pooling_mode_cls_token": True}, "mean", "mean")])
+def test_pooling_by_flag_and_by_file(modes, flag, pooled, tiny, tmp_path):
+    model = task_for(sentence_encoder(tiny, tmp_path / "m", **modes), pooling=flag).load_model()
+    assert (model.bert.pooler is None) == (pooled == "mean")
+    assert getattr(model.config, "classifier_pooling", "cls") == pooled
+
+
+def test_pooling_where_there_is_none_to_choose(tiny):
+    with pytest.raises(UserError, match="--pooling is for encoders"):
+        task_for(tiny("gpt2"), pooling="mean")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "prefix", "adalora"])
+def test_a_loaded_run_is_pooled_alike(method, tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    encoder = sentence_encoder(tiny, tmp_path / "mean", pooling_mode_mean_tokens=True)
+    trainer = run_recipe(method, encoder, folder, run, "--task", "classify", "--oos_label", "oos", "--max_steps", "4", "--learning_rate",
+                         "0.05", "--load_best_model_at_end", "False")
+    again = tasks.of_run(json.loads((run / "run.json").read_text(encoding="utf-8")), models.load_run_tokenizer(run))
+    loaded = models.load_run(run, torch.float32, again.auto_class, again.config)
+    features, _ = again.encode(ROWS, "x")
+    for one, other in zip(*(dataset_outputs(model.eval(), again, features, "x") for model in (trainer.model, loaded)), strict=True):
+        assert one[1] == pytest.approx(other[1], rel=1e-4, abs=1e-4)
+    if method == "full":  # transformers alone does not answer in silence
+        _, found = AutoModelForSequenceClassification.from_pretrained(run, output_loading_info=True)
+        assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= set(found["missing_keys"])
 
 
 # Whole runs

@@ -61,6 +61,8 @@ class SharedArguments:
     multi_label: bool = option(False, "a row has a list of labels, each a yes or no of its own", task="classify")
     class_weights: typing.Literal["none", "balanced"] = option("none", "balanced: rare labels count more, all labels alike in sum",
                                                                task="classify")
+    pooling: typing.Literal["auto", "mean", "cls"] = option("auto", "what an encoder's head sees: the mean of all tokens, or the first; "
+                                                            "auto: as the checkpoint was trained", task="classify")
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
 

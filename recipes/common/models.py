@@ -125,8 +125,24 @@ def kind(source: Source) -> str:
     return "encoder" if type(found) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
 
 
-def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, **config):
-    """The model, with `config` set in its config (labels, padding). Raises `UserError` if `auto_class` knows no such model."""
+def pooling(source: Source) -> str:
+    """How an encoder's states become one vector of the row: "mean" over its tokens, or "cls", the first token's.
+
+    It is what the checkpoint was trained with: its config says so (ModernBERT, and ours), or the file that sentence-transformers keeps.
+    """
+    found, file = config(source), Path(source.folder) / "1_Pooling" / "config.json"
+    if hasattr(found, "classifier_pooling"):
+        return found.classifier_pooling
+    if found.model_type != "bert" or not file.is_file():
+        return "cls"
+    return "mean" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") else "cls"
+
+
+def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, classifier_pooling: str | None = None, **config):
+    """The model, with `config` set in its config (labels, padding). Raises `UserError` if `auto_class` knows no such model.
+
+    `classifier_pooling` is that of `pooling`, for a classifier on an encoder.
+    """
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
     try:
@@ -136,6 +152,13 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
         raise UserError(f"{source.used} can't be loaded as a model for {kind}: {' '.join(str(error).split())[:300]}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
+    pooling = classifier_pooling or getattr(model.config, "classifier_pooling", None)
+    if pooling == "mean" and getattr(model.base_model, "pooler", None):
+        _pool_by_mean(model, found["missing_keys"])
+    elif pooling and hasattr(model.config, "classifier_pooling"):
+        model.config.classifier_pooling = pooling  # ModernBERT does it by itself
+    elif pooling == "mean":
+        raise UserError(f"--pooling mean: {source.used} has no pooler to replace; leave it out")
     for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
@@ -143,6 +166,26 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
+
+
+def _pool_by_mean(model, missing: set[str]) -> None:
+    """Let a classifier see the mean of the tokens' last states in place of BERT's pooler, which is dropped, also from `missing` weights.
+
+    The same model as sentence-transformers' mean pooling (Reimers and Gurevych, 2019, arXiv:1908.10084). It is saved without a pooler, so
+    that transformers alone reports one that is missing, and does not answer from an untrained one in silence.
+    """
+    model.base_model.pooler = None
+    missing.difference_update({name for name in missing if ".pooler." in name})
+
+    def pool(module, args, kwargs, output):
+        states = output.last_hidden_state
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(states[..., 0]) if mask is None else mask[:, -states.shape[1]:].to(states.dtype)  # a prefix stands before
+        output["pooler_output"] = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return output
+
+    model.base_model.register_forward_hook(pool, with_kwargs=True)
+    model.config.classifier_pooling = "mean"
 
 
 def generation_config(tokenizer, **options) -> GenerationConfig:

@@ -64,12 +64,18 @@ def make(shared, source, tokenizer, facts) -> Task:
     names = list(facts["labels"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    pooling = {}
+    if models.kind(source) == "encoder":
+        pooling = {"classifier_pooling": models.pooling(source) if shared.pooling == "auto" else shared.pooling}
+    elif shared.pooling != "auto":
+        raise UserError(f"--pooling is for encoders; {source.used} reads from left to right and decides at the last token: leave it out")
     problem = "multi_label_classification" if shared.multi_label else "single_label_classification"
     return Task("classify", "SEQ_CLS", AutoModelForSequenceClassification, source, tokenizer, shared.max_length,
                 encode=partial(encode, tokenizer=tokenizer, shared=shared, labels=facts["labels"]),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.rows, outputs=lambda parts: (parts[0].logits.float(),),
                 metrics=partial(dev_metrics, shared=shared), per_token=False,
-                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": problem})
+                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": problem,
+                        **pooling})
 
 
 def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
