@@ -101,8 +101,9 @@ def main():
     base_with = None
     for run, result in results.items():
         if result["status"] == "done":
-            score(run, result, plan, out, base_with is None and plan.base)
-            base_with = base_with or (run if result["status"] == "done" else None)
+            score(run, result, plan, out, plan.base and base_with is None)
+            if plan.base and base_with is None and result["status"] == "done":
+                base_with = run
     record = collect(plan, chosen, grid, results, base_with, out)
     from recipes.common import comparison, runs
 
