@@ -221,11 +221,14 @@ def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
     record = json.loads((tmp_path / "out/compare.json").read_text(encoding="utf-8"))
     assert status == 0 and set(record["metrics"]) == set(metrics) and record["main_metric"] == metrics[0]
     [own, *base] = record["systems"]
-    assert [system["name"] for system in base] == (["untuned"] if task == "translate" else [])
+    assert [system["name"] for system in base] == ({
+        "classify": ["label frequencies"], "tag": [], "translate": ["untuned"]}[task])
     table = json.loads((tmp_path / "out/full-seed42/run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
     values = dict(zip(table["columns"], table["table"][-1]["values"], strict=True))
     assert {item_scores.METRICS[metric].title: own["scores"][metric]["mean"] for metric in metrics} == pytest.approx(
         {item_scores.METRICS[metric].title: values[item_scores.METRICS[metric].title] for metric in metrics})
+    if task == "classify":  # three of each label in train and test
+        assert base[0]["scores"]["accuracy"]["mean"] == 50 and base[0]["scores"]["loss"]["mean"] == pytest.approx(np.log(2))
     assert own["costs"]["latency"] > 0 and record["samples"][0]["answers"].keys() == {system["name"] for system in record["systems"]}
 
 
@@ -421,6 +424,7 @@ def test_higher_is_better_where_it_is():
 
 @pytest.mark.parametrize(("words", "parts"), [
     (["--recipes", "lorra"], ["unknown recipe lorra", "full"]),
+    ([*FIRST, "--model", "./nowhere"], ["nowhere"]),
     (["--recipes", "lora", "lora"], ["same name"]),
     ([*FIRST, "--seeds", "0"], ["--seeds", "'0'"]),
     ([*FIRST, "--budget", "steps"], ["--budget steps", "steps:100"]),
