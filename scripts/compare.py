@@ -152,6 +152,8 @@ def check(options, flags: list[str]) -> SimpleNamespace:
         raise UserError("--train_fraction: use --data_fractions, as in 0.25,0.5,1")
     common = [*flags, *budget(options.budget, given)]
     grid = settings_of(options.grid, modules)
+    if options.search and options.hardware:
+        raise UserError("--search trains in one process: leave --hardware out, or choose the settings with --grid")
     if options.search and any(len(points) > 1 for points in grid.values()):
         raise UserError("--search chooses the settings that --grid would choose from: leave one of them out")
     for name, module in modules.items():
@@ -428,6 +430,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                                     | ({base: (base_with, model)} if base else {}), texts, results)
         if plan.options.budget and plan.options.budget.startswith("minutes") and "constant_with_warmup" in plan.common:
             record["notes"].append("minutes: the learning rate is constant after the warm-up, as a schedule would be cut")
+        record["notes"] += [f"{entry['system']}: no settings could be chosen, as all that were tried failed: it has its defaults"
+                            for entry in grid if not any(point["chosen"] for point in entry["points"])]
         if plan.fractions != [1]:
             record["notes"].append("shares of the data have the same budget as all of it: a small share is read more often")
     record["advice"] = comparison.advice(record) + [f"{curve['system']}: {curve['sentence']}" for curve in record["learning_curves"]]

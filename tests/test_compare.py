@@ -436,6 +436,7 @@ def test_higher_is_better_where_it_is():
     ([*FIRST, "--grid", "lora.rank=0"], ["lora: ", "--rank", "'0'"]),
     ([*FIRST, "--grid", "lora.rank=4", "--grid", "lora.rank=8"], ["given twice"]),
     ([*FIRST, "--grid", "lora.rank=4,8", "--search", "3"], ["--search", "--grid"]),
+    ([*FIRST, "--hardware", "recipes/accelerate/ddp.yaml", "--search", "3"], ["--search", "--hardware"]),
     ([*FIRST, "--rank", "4"], ["full: ", "unknown flag --rank"]),
     ([*FIRST, "--metric", "accuracy"], ["--metric accuracy", "bleu"]),
     ([*FIRST, "--data_fractions", "0.5,x"], ["--data_fractions", "'x'"]),

@@ -108,9 +108,9 @@ def advice(record: dict) -> list[str]:
     """Sentences: which system to take and how sure that is, the warnings last."""
     done = {system["name"]: system for system in record["systems"] if system["scores"]}
     tuned = {name: system for name, system in done.items() if not system["base"]}
-    if not tuned:
-        return ["nothing to compare: no training has ended well"]
     metric = record["main_metric"]
+    if not tuned or record["best"][metric] is None:
+        return ["nothing to compare: no training has ended well"] + _failures(record)
     kind, table = item_scores.METRICS[metric], {name: system["scores"][metric] for name, system in done.items()}
     best = record["best"][metric]
     alike = [name for name in tuned if name == best or table[name]["against_best"]["p_holm"] >= ALPHA]
@@ -142,11 +142,12 @@ def advice(record: dict) -> list[str]:
     early = [name for name, system in tuned.items() if any(run["still_improving"] for run in system["runs"])]
     if early:
         lines.append(f"warning: {_and(early)} still improved at the last evaluation: with more training the order may change")
-    for system in record["systems"]:
-        for run in system["runs"]:
-            if run["status"] == "failed":
-                lines.append(f"warning: {run['name']} failed and is left out: {run['error']}")
-    return lines
+    return lines + _failures(record)
+
+
+def _failures(record: dict) -> list[str]:
+    return [f"warning: {run['name']} failed and is left out: {run['error']}" for system in record["systems"] for run in system["runs"]
+            if run["status"] == "failed"]
 
 
 def _better(kind: item_scores.Metric, a: float, b: float) -> bool:

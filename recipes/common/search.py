@@ -96,6 +96,7 @@ def search(recipe, flags: list[str], trials: int) -> dict:
     model, own = recipe.adapt(task.load_model(), task, method, training)
     trainer = RecipeTrainer(model=model, args=training, task=task, shared=shared, train_dataset=task.train, eval_dataset=task.dev,
                             data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
+    del model  # one at a time in memory
     trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
     best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, direction="minimize", backend="optuna",
                                          compute_objective=lambda scores: finite(scores["eval_loss"]),
