@@ -432,6 +432,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
             record["notes"].append("minutes: the learning rate is constant after the warm-up, as a schedule would be cut")
         record["notes"] += [f"{entry['system']}: no settings could be chosen, as all that were tried failed: it has its defaults"
                             for entry in grid if not any(point["chosen"] for point in entry["points"])]
+        record["notes"] += [f"{run.name} failed, so this point is missing: {result['error']}" for run, result in results.items()
+                            if run.fraction < 1 and result["status"] == "failed"]
         if plan.fractions != [1]:
             record["notes"].append("shares of the data have the same budget as all of it: a small share is read more often")
     record["advice"] = comparison.advice(record) + [f"{curve['system']}: {curve['sentence']}" for curve in record["learning_curves"]]

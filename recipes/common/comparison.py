@@ -86,7 +86,7 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
     bounds = f"[{double['gain_low']:.{kind.digits}f}, {double['gain_high']:.{kind.digits}f}]"
     # A fit never rises with data, so no gain is below 0: a curve that may as well be flat has a gain of 0 in many resamples.
     if not double["gain_low"] > 10**-kind.digits / 2:
-        sentence = f"can't tell whether more data would help: twice the rows might change {kind.title} by {bounds} or not at all"
+        sentence = f"can't tell whether more data would help: what twice the rows gain in {kind.title} lies in {bounds}, which holds 0"
     else:
         change = f"{'raise' if kind.higher_is_better else 'lower'} {kind.title} by about {double['gain']:.{kind.digits}f} {bounds}"
         sentence = (f"twice the rows ({double['rows']}) would {change}, to about {double['value']:.{kind.digits}f}, if the curve goes on "
