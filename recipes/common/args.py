@@ -92,8 +92,13 @@ class SharedArguments:
 class Method:
     """Base of every recipe's `MethodArguments`."""
 
+    load_in_4bit = False  # a method that freezes the matrices may have a flag of this name
+
     def check(self, shared: SharedArguments, training) -> None:
         """Raise `UserError` for a combination of flags that this method can't do."""
+
+    def refuses(self, task: str, kind: str) -> str | None:
+        """Why this method can't learn the task with models of this kind (models.KINDS), or None if it can."""
 
 
 # Where these differ from TrainingArguments' own defaults, it is for runs of minutes to hours on some hundreds to some

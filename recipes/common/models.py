@@ -24,7 +24,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipes.common import chat
@@ -39,6 +46,10 @@ HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
+
+
+# How a model reads: what `kind` answers, and what it is called.
+KINDS = {"decoder": "a decoder-only model (GPT-2, Llama)", "encoder": "an encoder (BERT)", "encoder-decoder": "an encoder-decoder (T5)"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ def window(source: Source) -> int | None:
 
 
 def kind(source: Source) -> str:
-    """How the model reads: "decoder" (GPT-2, Llama: from left to right), "encoder" (BERT: both ways at once) or "encoder-decoder" (T5)."""
+    """One of KINDS: "decoder" (reads from left to right), "encoder" (both ways at once) or "encoder-decoder"."""
     found = config(source)
     if found.is_encoder_decoder:
         return "encoder-decoder"
@@ -166,6 +177,24 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
+
+
+def check_4bit(device: torch.device) -> None:
+    """Raise `UserError` where no model can be held in 4 bits: without an NVIDIA GPU, or without the package that does it."""
+    if device.type != "cuda":
+        raise UserError(f"--load_in_4bit needs an NVIDIA GPU, and this run is on {device.type}: leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs a package that is not installed: pip install bitsandbytes==0.49.2")
+
+
+def quantization(peft_type: str | None) -> BitsAndBytesConfig:
+    """The 4 bits of QLoRA (arXiv:2305.14314): normal floats, their scales quantised once more, products in 16 bits.
+
+    New heads and poolers stay as they are, since they are trained whole. For a language model transformers leaves the head out by itself.
+    """
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16 if native_bf16() else torch.float16,
+                              llm_int8_skip_modules=[*HEADS, "pooler"] if peft_type in ("SEQ_CLS", "TOKEN_CLS") else None)
 
 
 def _pool_by_mean(model, missing: set[str]) -> None:
@@ -221,11 +250,8 @@ def train_top_layers(model, count: int) -> None:
     """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
 
     Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
-    Raises `UserError` if the model has fewer blocks, or is an encoder-decoder: its top is half of each of two stacks.
+    Raises `UserError` if the model has fewer blocks.
     """
-    if model.config.is_encoder_decoder:
-        raise UserError("--train_top_layers: an encoder-decoder has two stacks of blocks, so its top layers are not defined; leave it out, "
-                        "or train less with --recipe lora or adapter")
     parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
                         if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
     blocks = getattr(parent, name)
@@ -256,7 +282,12 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
-            model = PeftModel.from_pretrained(base, run)
+            if record.get("method_arguments", {}).get("load_in_4bit"):
+                print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
+            with warnings.catch_warnings():
+                # PEFT looks for AdaLoRA's ranks under LoRA's names, warns that it found none, and then takes them from AdaLoRA's own.
+                warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match .*: \['[^']*\.lora_E'", RuntimeWarning)
+                model = PeftModel.from_pretrained(base, run)
             if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
                 model = model.merge_and_unload()
             model = model.to(dtype)
