@@ -116,7 +116,7 @@ class Bleu(_OfflineMetric):
         self._scorer = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, **options)
 
     def _compute(self, predictions, references):
-        result = self._scorer.corpus_score(predictions, _streams(references))
+        result = self._scorer.corpus_score(predictions, streams(references))
         return {
             "bleu": result.score,
             "precisions": result.precisions,
@@ -141,7 +141,7 @@ class ChrF(_OfflineMetric):
         self._scorer = sacrebleu.CHRF(**options)
 
     def _compute(self, predictions, references):
-        score = self._scorer.corpus_score(predictions, _streams(references)).score
+        score = self._scorer.corpus_score(predictions, streams(references)).score
         return {"chrf": score, "chrf_signature": str(self._scorer.get_signature())}
 
 
@@ -366,9 +366,14 @@ def score_replies(predictions, references, languages=None) -> dict:
     return {**result, "signature": "; ".join(signature)}
 
 
-def _streams(references):
+def streams(references):
     """Turn n lists of references into sacrebleu's streams: the first reference of all items, the second, ..."""
     return list(zip_longest(*references))  # items with fewer references are padded with None, which sacrebleu skips
+
+
+def tokenizer_of(language: str):
+    """The function that cuts a text of this language, "en" or "zh", for BLEU."""
+    return _BLEU_TOKENIZERS[language]
 
 
 def _reference_lists(predictions, references) -> list[list[str]]:

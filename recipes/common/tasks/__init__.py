@@ -117,6 +117,8 @@ def load(shared, method, training) -> Task:
         split.rows = kind.rows(split.rows, shared)
     old, replayed = _old_rows(kind, shared, splits["train"], training.seed)
     facts = kind.facts(splits["train"].rows, shared)
+    if shared.train_fraction < 1:
+        _draw_share(splits["train"], shared.train_fraction, training.seed)
     if shared.start_from:
         tokenizer, facts = models.load_run_tokenizer(run), _facts_of_run(record, shared, facts)
     else:
@@ -136,6 +138,8 @@ def load(shared, method, training) -> Task:
         refused = list(counts.pop("refused").values())
         task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
                                         "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+    if shared.max_tokens:
+        training.num_train_epochs = shared.max_tokens / task.report["splits"]["train"]["tokens"]
     if shared.tokens_per_step:
         _plan_steps(task, shared.tokens_per_step, training)
     counts, sentences = doctor.brief(read["train"][: shared.max_train_samples], read["dev"][: shared.max_eval_samples],
@@ -143,6 +147,8 @@ def load(shared, method, training) -> Task:
     task.report["doctor"] = {**counts, "sentences": sentences, "details": doctor_command(shared, training.seed)}
     if training.process_index == 0:
         print_report(task)
+        if shared.max_tokens:
+            print(f"--max_tokens {shared.max_tokens}: {training.num_train_epochs:.2f} passes over the train rows")
     return task
 
 
@@ -169,6 +175,15 @@ def _plan_steps(task: Task, tokens: int, training) -> None:
     # What the Trainer takes a step to hold when it counts samples per second: the mean.
     training.per_device_train_batch_size = round(len(lengths) / task.steps / training.world_size)
     task.report["steps_an_epoch"] = task.steps
+
+
+def _draw_share(train: data.Rows, share: float, seed: int) -> None:
+    """Leave `share` of the train rows, the first ones of an order drawn with `seed`: so each share is part of every larger one."""
+    order = list(range(len(train.rows)))
+    random.Random(seed).shuffle(order)
+    chosen = order[: max(1, round(share * len(order)))]
+    train.rows = [train.rows[i] for i in chosen]
+    train.notes = [*train.notes, f"--train_fraction {share:g}: {len(chosen)} of {len(order)} train rows, drawn with seed {seed}"]
 
 
 def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:
