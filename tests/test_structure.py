@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
-    "trainer": {"errors", "losses", "metrics", "regularize"},
+    "dev_answers": {"chat", "generation", "losses", "metrics"},
+    "trainer": {"dev_answers", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
     "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }

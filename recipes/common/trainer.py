@@ -1,12 +1,13 @@
 """The Trainer of all recipes: transformers' own, with an exact and cheap loss for every task, and exact resume for PEFT.
 
-Four things differ, each in one place:
+Five things differ, each in one place:
 
 - `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
   logits are the largest tensor of a step);
 - `choose_attention` takes the faster attention kernel for the batch at hand;
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
+- `evaluation_loop` also scores answers written to some dev rows, if asked to (dev_answers.py);
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from recipes.common import losses, regularize
+from recipes.common import dev_answers, losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -60,6 +61,12 @@ class RecipeTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
         self.label_names = ["labels"]
+        self.asked = []
+        if shared.eval_generate_rows:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError("--eval_generate_rows needs the whole model on each device, and FSDP or DeepSpeed divides it: leave it out")
+            self.asked = dev_answers.questions(task.dev, task.tokenizer, shared.eval_generate_rows,
+                                               losses.network(model).config.is_encoder_decoder)
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
@@ -78,6 +85,17 @@ class RecipeTrainer(Trainer):
         else:
             self.forgetting["before"] = self._scores_on_old_rows()
             self.log({f"old_{name}": value for name, value in self.forgetting["before"].items()})
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with the scores of answers written to dev rows where --eval_generate_rows asks for them."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.asked and metric_key_prefix == "eval":
+            with self.accelerator.autocast():
+                scores = dev_answers.score(self.accelerator.unwrap_model(self.model), self.task.tokenizer, self.asked,
+                                           self.shared.eval_generate_tokens, self.shared.eval_generate_seconds,
+                                           self.args.process_index, self.args.world_size)
+            output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
+        return output
 
     def _scores_on_old_rows(self) -> dict[str, float]:
         # predict() and not evaluate(): early stopping listens to every evaluation. It draws a random number, for a seed of the loader,
@@ -144,7 +162,7 @@ class RecipeTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel):
+        if isinstance(self.model, PeftModel) and self.args.should_save:  # the Trainer calls this in every process
             save_file(trained_state(self.model), Path(output_dir or self.args.output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
