@@ -57,7 +57,9 @@ def main():
         scores["notes"].append(f"the probability below which a row is turned away is that of {run}, for every model")
     scores["signature"] += f", {str(dtype).removeprefix('torch.')}"
     evaluation.print_table(scores)
-    evaluation.print_samples(scores)
+    if options.slices:
+        evaluation.print_slices(scores)
+    evaluation.print_samples(scores, options.samples)
     predictions = run / f"predictions-{label}.jsonl"
     predictions.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.pop("predictions")), encoding="utf-8")
     if options.json:
@@ -119,7 +121,9 @@ def parse(argv=None):
     parser.add_argument("--num_beams", type=args.positive, default=1, help="translate: beams of the search (default: 1, greedy)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
-    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3)")
+    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3); the report has 20")
+    parser.add_argument("--slices", action="store_true",
+                        help="show the scores of parts of the rows too: by intent, sentiment, language, turn, length (the report has them)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
     options = parser.parse_args(argv)
     if options.num_beams > 1 and len(options.run) > 1:
