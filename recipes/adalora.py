@@ -19,7 +19,7 @@ from recipes.common.errors import UserError
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(2e-3, "that of LoRA, whose update it is but for the moving ranks; not tuned by itself")
     init_rank: int = option(12, "rank of each update at the start; half as much again as the target, as in the paper", at_least=2)
-    target_rank: int = option(8, "mean rank of the updates at the end", at_least=1)
+    target_rank: int = option(8, "mean rank of the updates at the end", at_least=1, search=(4, 6, 8, 10))
     alpha: int = option(16, "the update is scaled by alpha / init_rank", at_least=1)
     dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
     first_share: float = option(0.1, "share of the steps before the first value is taken away", at_least=0, below=1)
@@ -34,6 +34,8 @@ class MethodArguments(args.Method):
         if self.first_share + self.last_share >= 1:
             raise UserError(f"--first_share {self.first_share} and --last_share {self.last_share} leave no steps between them to cut the "
                             "ranks in: let them add up to less than 1")
+        if shared.max_minutes is not None:
+            raise UserError("--max_minutes may end before the ranks are cut, which goes by steps: use --max_steps or --max_tokens")
         if training.fp16:
             raise UserError("--fp16 skips and scales steps, which the ranks' schedule can't follow: train with --bf16")
 

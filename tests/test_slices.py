@@ -73,3 +73,17 @@ def test_evaluate_shows_them(kind, flags, unit, ways, tiny, folder, tmp_path):
     assert all(sum(counts) == 6 for counts in found.values())
     assert "by sentiment" in result.out and unit in result.out
     assert "by sentiment" not in call("scripts/evaluate.py", "--run", run, "--max_new_tokens", "4").out
+
+
+def test_intervals_hold_the_scores_of_the_table(tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    run_recipe("full", tiny("llama"), folder, run, "--max_steps", "2", "--learning_rate", "0.02")
+    assert call("scripts/evaluate.py", "--run", run, "--base", "--max_new_tokens", "8", "--dtype", "float32").code == 0
+    scores = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
+    for row in scores["table"][-2:]:
+        values = dict(zip(scores["columns"], row["values"], strict=True))
+        found = scores["intervals"][row["model"]]
+        assert found.keys() == {"loss", "perplexity", "BLEU", "chrF", "ROUGE-L"}
+        for title, interval in found.items():
+            assert interval["value"] == pytest.approx(values[title]) and interval["low"] <= interval["value"] <= interval["high"]
+        assert found["loss"]["low"] < found["loss"]["high"]

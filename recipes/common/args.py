@@ -19,7 +19,8 @@ from recipes.common.errors import UserError
 
 
 def option(default, help, **metadata):
-    """A dataclass field with its help text: one flag of a recipe. `at_least` and `below` bound a number."""
+    """A dataclass field with its help text: one flag of a recipe. `at_least` and `below` bound a number; `search` holds the values that
+    scripts/compare.py --search tries."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -53,6 +54,10 @@ class SharedArguments:
     on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
     max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)", at_least=1)
     max_eval_samples: int = option(None, "evaluate on the first N dev rows only", at_least=1)
+    train_fraction: float = option(1.0, "train on this share of the train rows, drawn with --seed; a smaller share is part of a larger one",
+                                   at_least=0)
+    max_tokens: int = option(None, "train on about N tokens, in place of --num_train_epochs", at_least=1)
+    max_minutes: float = option(None, "end the training after so many minutes, wherever its schedule stands", at_least=0)
     early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss (or --metric_for_best_model); 0: never",
                                          at_least=0)
 
@@ -291,6 +296,10 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
+    if not 0 < shared.train_fraction <= 1:
+        raise UserError(f"--train_fraction {shared.train_fraction:g} is no share: use a number above 0 and up to 1, such as 0.5")
+    if shared.max_tokens and any(word.split("=")[0] in ("--max_steps", "--num_train_epochs") for word in argv):
+        raise UserError("--max_tokens says how long to train: leave --max_steps and --num_train_epochs out")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
     if shared.replay and shared.measure_forgetting:

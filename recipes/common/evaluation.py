@@ -8,16 +8,16 @@ REPORTED = 20  # answers that the report shows beside each other
 
 
 def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str], samples: list, predictions: list[dict],
-           signature: str, **more) -> dict:
+           losses: dict, signature: str, **more) -> dict:
     """What a task's `evaluate` returns, ready for JSON.
 
     `columns` are headings; `scored` has a row for each language and model: "language", "model", "count" (of `unit`) and "values", one
     for each column. `rows` is the number of rows scored. A sample is a list of (who, text); a prediction is a line of
-    predictions-SPLIT.jsonl.
-    `more` is what only this task has (a classification report).
+    predictions-SPLIT.jsonl, with the number of its "row" from 0. `losses` is model -> row -> [summed negative log-likelihood in nats, its
+    number of items], for each row that could be scored. `more` is what only this task has (a classification report).
     """
     return {"rows": rows, "unit": unit, "columns": list(columns), "table": sorted(scored, key=lambda row: LANGUAGES.index(row["language"])),
-            "notes": notes, "signature": signature, "samples": samples, "predictions": predictions, **more}
+            "notes": notes, "signature": signature, "samples": samples, "predictions": predictions, "losses": losses, **more}
 
 
 def slices(keys: list[dict[str, str]], columns, scorers: dict) -> dict:

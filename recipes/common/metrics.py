@@ -116,7 +116,7 @@ class Bleu(_OfflineMetric):
         self._scorer = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, **options)
 
     def _compute(self, predictions, references):
-        result = self._scorer.corpus_score(predictions, _streams(references))
+        result = self._scorer.corpus_score(predictions, streams(references))
         return {
             "bleu": result.score,
             "precisions": result.precisions,
@@ -141,7 +141,7 @@ class ChrF(_OfflineMetric):
         self._scorer = sacrebleu.CHRF(**options)
 
     def _compute(self, predictions, references):
-        score = self._scorer.corpus_score(predictions, _streams(references)).score
+        score = self._scorer.corpus_score(predictions, streams(references)).score
         return {"chrf": score, "chrf_signature": str(self._scorer.get_signature())}
 
 
@@ -397,9 +397,9 @@ def part_scorer(predictions, references, languages):
     bleu, chrf = sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()
 
     def score(at: list[int]) -> dict[str, float]:
-        return {"bleu": bleu.corpus_score([tokens[i] for i in at], _streams([reference_tokens[i] for i in at])).score,
+        return {"bleu": bleu.corpus_score([tokens[i] for i in at], streams([reference_tokens[i] for i in at])).score,
                 "rougeL": sum(rouge_l[i] for i in at) / len(at),
-                "chrf": chrf.corpus_score([predictions[i] for i in at], _streams([references[i] for i in at])).score}
+                "chrf": chrf.corpus_score([predictions[i] for i in at], streams([references[i] for i in at])).score}
 
     return score
 
@@ -410,9 +410,14 @@ def length_class(text: str) -> str:
     return next((name for name, most in (("1-10", 10), ("11-20", 20), ("21-40", 40)) if length <= most), "41+")
 
 
-def _streams(references):
+def streams(references):
     """Turn n lists of references into sacrebleu's streams: the first reference of all items, the second, ..."""
     return list(zip_longest(*references))  # items with fewer references are padded with None, which sacrebleu skips
+
+
+def tokenizer_of(language: str):
+    """The function that cuts a text of this language, "en" or "zh", for BLEU."""
+    return _BLEU_TOKENIZERS[language]
 
 
 def _reference_lists(predictions, references) -> list[list[str]]:

@@ -152,10 +152,15 @@ def finish(trainer, task, shared, method) -> None:
 
 def write(folder: Path, record: dict) -> None:
     """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string."""
-    temporary = folder / "run.json.tmp"
-    temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "run.json")
+    write_json(folder / "run.json", record)
     (folder / "report.html").write_text(report.render(record), encoding="utf-8")
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write `record` to `path`, whole or not at all. NaN and infinities become strings."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def command(world_size: int = 1) -> str:

@@ -11,11 +11,13 @@ Five things differ, each in one place:
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -42,11 +44,10 @@ class RecipeTrainer(Trainer):
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if task.old is not None:
             callbacks.append(BeforeTraining(self))
-        if args.bf16:
-            _hold_frozen_in_bf16(model)
+        if shared.max_minutes is not None:
+            callbacks.append(StopAfter(60 * shared.max_minutes))
         self.task, self.shared, self.forgetting = task, shared, {}
-        if shared.start_from:
-            _go_on_from(Path(shared.start_from), model)
+        prepare(model, args, shared)
         if shared.r_drop and not _has_dropout(model):
             raise UserError("--r_drop compares passes with different dropout, and there is none here: give the model some with "
                             "--model_dropout 0.1")
@@ -195,6 +196,32 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.measure_before()
+
+
+class StopAfter(TrainerCallback):
+    """Ends the training after so many seconds, evaluations included, on all processes at the same step."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The first process decides: the clocks of several differ, and one that goes on alone would wait for the others for ever.
+        [over] = broadcast_object_list([time.monotonic() - self.begun >= self.seconds])
+        if over and not control.should_training_stop:
+            control.should_training_stop = True
+            if state.is_world_process_zero and state.global_step < state.max_steps:
+                print(f"--max_minutes {self.seconds / 60:g}: stopped after {state.global_step} of {state.max_steps} steps")
+
+
+def prepare(model, training, shared) -> None:
+    """What an adapted `model` needs before it is trained: frozen weights as they are computed with, and what --start_from learned."""
+    if training.bf16:
+        _hold_frozen_in_bf16(model)
+    if shared.start_from:
+        _go_on_from(Path(shared.start_from), model)
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:

@@ -79,6 +79,8 @@ def load(shared, training) -> Task:
         split.rows = kind.rows(split.rows, shared)
     old, replayed = _old_rows(kind, shared, splits["train"], training.seed)
     facts = kind.facts(splits["train"].rows, shared)
+    if shared.train_fraction < 1:
+        _draw_share(splits["train"], shared.train_fraction, training.seed)
     if shared.start_from:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
@@ -100,9 +102,22 @@ def load(shared, training) -> Task:
         refused = list(counts.pop("refused").values())
         task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
                                         "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+    if shared.max_tokens:
+        training.num_train_epochs = shared.max_tokens / task.report["splits"]["train"]["tokens"]
     if training.process_index == 0:
         print_report(task)
+        if shared.max_tokens:
+            print(f"--max_tokens {shared.max_tokens}: {training.num_train_epochs:.2f} passes over the train rows")
     return task
+
+
+def _draw_share(train: data.Rows, share: float, seed: int) -> None:
+    """Leave `share` of the train rows, the first ones of an order drawn with `seed`: so each share is part of every larger one."""
+    order = list(range(len(train.rows)))
+    random.Random(seed).shuffle(order)
+    chosen = order[: max(1, round(share * len(order)))]
+    train.rows = [train.rows[i] for i in chosen]
+    train.notes = [*train.notes, f"--train_fraction {share:g}: {len(chosen)} of {len(order)} train rows, drawn with seed {seed}"]
 
 
 def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:

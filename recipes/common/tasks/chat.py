@@ -119,14 +119,16 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     texts = {name: [text for _, _, text in result["replies"]] for name, result in results.items()}
     samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),
                 *((name, replies[i]) for name, replies in texts.items())] for i in evaluation.reported(len(turns), options)]
-    predictions = [{"id": rows[r].get("id", r), "turn": t, "language": languages[r], "reference": references[i],
+    losses = {name: {numbers[r] - 1: sums.tolist() for r, sums in zip(kept, result["sums"], strict=True)}
+              for name, result in results.items()}
+    predictions = [{"id": rows[r].get("id", r), "row": numbers[r] - 1, "turn": t, "language": languages[r], "reference": references[i],
                     **{name: replies[i] for name, replies in texts.items()}} for i, (r, t) in enumerate(turns)]
     keys = [_keys(rows[r]["messages"], t) | {"language": languages[r], "reply_length": metrics.length_class(references[i])}
             for i, (r, t) in enumerate(turns)]
     slices = evaluation.slices(keys, SLICED.values(), sliced(texts, references, [languages[r] for r, _ in turns]))
     return evaluation.result(COLUMNS.values(), scored, "replies", len(rows), notes=notes, samples=samples,
-                             predictions=predictions, slices=slices,
-                        signature=f"{signature}; greedy, at most {options.max_new_tokens} new tokens")
+                             predictions=predictions, losses=losses, slices=slices,
+                             signature=f"{signature}; greedy, at most {options.max_new_tokens} new tokens")
 
 
 def sliced(texts: dict[str, list[str]], references, languages: list[str]) -> dict:

@@ -195,9 +195,10 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     languages = [metrics.language_of(row, row["text"]) for row in rows]
     labels = np.array(features["labels"])
     cut = record["metrics"].get("dev_oos_threshold")
-    scored, logits = [], {}
+    scored, logits, losses = [], {}, {}
     for name, load in candidates.items():
         sums, logits[name] = map(np.array, zip(*dataset_outputs(load(), task, features, f"Labels of {name}"), strict=True))
+        losses[name] = dict(enumerate(sums.tolist()))
         scored += _scores(name, sums, logits[name], labels, languages, shared, cut)
     if options.base and not shared.multi_label:
         frequent = int(np.argmax([record["data"]["labels"][label] for label in names]))
@@ -209,8 +210,8 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
     samples = [[("text", rows[i]["text"]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
                for i in evaluation.reported(len(rows), options)]
-    predictions = [{"id": row.get("id", i), "text": row["text"], "label": right[i], **{name: p[i] for name, p in predicted.items()}}
-                   for i, row in enumerate(rows)]
+    predictions = [{"id": row.get("id", i), "row": i, "text": row["text"], "label": right[i],
+                    **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
     notes, more = [], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
         notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
@@ -226,7 +227,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     for row in scored:
         row["values"] = [row["values"].get(key, np.nan) for key in headings]
     return evaluation.result(headings.values(), scored, "rows", len(rows), notes=notes, samples=samples, predictions=predictions,
-                             signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
+                             losses=losses, signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
 
 
 def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:

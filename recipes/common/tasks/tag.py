@@ -162,9 +162,10 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     features, counts = task.encode(rows, "rows", flags(record).on_bad_row)
     languages = [metrics.language_of(row, " ".join(row["tokens"])) for row in rows]
     right = [row["tags"] for row in rows]
-    scored, predicted = [], {}
+    scored, predicted, losses = [], {}, {}
     for name, load in candidates.items():
         outputs = dataset_outputs(load(), task, features, f"Tags of {name}")
+        losses[name] = {i: sums.tolist() for i, (sums, _) in enumerate(outputs)}
         predicted[name] = [["O"] * len(row["tokens"]) for row in rows]
         for tags, words, (_, likeliest) in zip(predicted[name], features["words"], outputs, strict=True):
             for word, label in zip(words, likeliest[likeliest != IGNORE], strict=True):
@@ -180,7 +181,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     samples = [[("text", "".join(spaced(rows[i]["tokens"]))), ("right", shown(rows[i]["tokens"], right[i])),
                 *((name, shown(rows[i]["tokens"], tags[i])) for name, tags in predicted.items())]
                for i in evaluation.reported(len(rows), options)]
-    predictions = [{"id": row.get("id", i), "language": languages[i], "tokens": row["tokens"], "tags": right[i],
+    predictions = [{"id": row.get("id", i), "row": i, "language": languages[i], "tokens": row["tokens"], "tags": right[i],
                     **{name: tags[i] for name, tags in predicted.items()}} for i, row in enumerate(rows)]
 
     def scorer(tags):
@@ -193,7 +194,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
             for language, row in zip(languages, rows, strict=True)]
     slices = evaluation.slices(keys, ["F1", "precision", "recall"], {name: scorer(tags) for name, tags in predicted.items()})
     return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), slices=slices, notes=counts["sentences"], samples=samples,
-                             predictions=predictions, report=metrics.span_report(predicted[name], right),
+                             predictions=predictions, losses=losses, report=metrics.span_report(predicted[name], right),
                              signature="a span is right if its type and both its ends are; F1, precision, recall 0-100 over all spans, "
                                        "macro F1 over types, accuracy over words")
 
