@@ -153,7 +153,7 @@ def finish(trainer, task, shared, method) -> None:
 def write(folder: Path, record: dict) -> None:
     """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string."""
     write_json(folder / "run.json", record)
-    (folder / "report.html").write_text(report.render(record), encoding="utf-8")
+    (folder / "report.html").write_text(report.render(record, record.get("report_language", "en")), encoding="utf-8")
 
 
 def write_json(path: Path, record: dict) -> None:
