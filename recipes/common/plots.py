@@ -76,8 +76,12 @@ def intervals(rows: list[tuple[str, float, float, float]], label: str) -> str:
 
 
 def scatter(points: list[tuple[str, float, float, float, float]], label: str, xlabel: str, ylabel: str) -> str:
-    """(name, x, y, low, high), named in the picture; x on a logarithmic scale if it spans more than a factor of ten; "" without points."""
-    points = [(name, float(x), float(y), low, high) for name, x, y, low, high in points if finite(x) and finite(y)]
+    """(name, x, y, low, high), named in the picture; x on a logarithmic scale if it spans more than a factor of ten.
+
+    A system without this cost (the untuned model was not trained) is not drawn. "" without points.
+    """
+    points = [(name, float(x), float(y), low, high) for name, x, y, low, high in points
+              if finite(x) and finite(y) and float(x) > 0]
     if not points:
         return ""
     figure, axes = _axes(4.6, 3.2)
@@ -87,7 +91,7 @@ def scatter(points: list[tuple[str, float, float, float, float]], label: str, xl
             axes.plot([x, x], [float(low), float(high)], color=colour, linewidth=1.5)
         axes.plot([x], [y], color=colour, marker="o", markersize=6, linestyle="", label=short(name))
     xs = [x for _, x, *_ in points]
-    if min(xs) > 0 and max(xs) > 10 * min(xs):
+    if max(xs) > 10 * min(xs):
         axes.set_xscale("log")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -114,14 +118,17 @@ def matrix(counts: list[list[int]], labels: list[str], label: str, xlabel: str, 
     """Counts as a table of shades, each with its number; a row's shade is its share of the row."""
     figure = Figure(figsize=(2.2 + 0.45 * len(labels), 1.8 + 0.4 * len(labels)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow([[n / max(sum(row), 1) for n in row] for row in counts], aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axes.pcolormesh([[n / max(sum(row), 1) for n in row] for row in counts], cmap="Blues", vmin=0, vmax=1)  # imshow would embed a bitmap
+    axes.invert_yaxis()
     for i, row in enumerate(counts):
         for j, n in enumerate(row):
             if n:
-                axes.text(j, i, str(n), ha="center", va="center", fontsize=8, color="white" if n > 0.55 * sum(row) else "#222222")
-    axes.set(xticks=range(len(labels)), xticklabels=labels, yticks=range(len(labels)), yticklabels=labels, xlabel=xlabel, ylabel=ylabel)
-    axes.tick_params(axis="x", rotation=60, labelsize=8)
-    axes.tick_params(axis="y", labelsize=8)
+                ink = "white" if n > 0.55 * sum(row) else "#222222"
+                axes.text(j + 0.5, i + 0.5, str(n), ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    middles = [i + 0.5 for i in range(len(labels))]
+    axes.set_xticks(middles, [short(label) for label in labels], rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(middles, [short(label) for label in labels], fontsize=8)
     return svg(figure, label)
 
 
