@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "plots": set(),
     "wording": set(),
     "report": {"plots", "wording"},
+    "model_card": {"plots"},
     "augment": {"errors"},
     "pii": set(),
     "duplicates": set(),
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     "regularize": {"errors", "losses"},
     "dev_answers": {"chat", "generation", "losses", "metrics"},
     "trainer": {"dev_answers", "errors", "losses", "metrics", "regularize"},
-    "runs": {"errors", "report"},
+    "runs": {"errors", "model_card", "report"},
     "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import enable_full_determinism, set_seed
 
-from recipes.common import report
+from recipes.common import model_card, report
 from recipes.common.errors import UserError
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
@@ -151,8 +151,10 @@ def finish(trainer, task, shared, method) -> None:
 
 
 def write(folder: Path, record: dict) -> None:
-    """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string."""
+    """Write run.json, whole or not at all, and the report and the model card that are made from it. NaN stays visible, as a string."""
     write_json(folder / "run.json", record)
+    library = "peft" if (folder / "adapter_config.json").is_file() else "transformers"
+    (folder / "MODEL_CARD.md").write_text(model_card.render(visible(record), library), encoding="utf-8")
     (folder / "report.html").write_text(report.render(record, record.get("report_language", "en")), encoding="utf-8")
 
 
