@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "pii": set(),
     "duplicates": set(),
     "doctor": {"chat", "duplicates", "metrics", "pii"},
+    "cases": {"errors"},
     "chat": {"errors"},
     "shapes": set(),
     "formats": {"errors", "shapes"},

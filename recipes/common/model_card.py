@@ -28,7 +28,7 @@ def render(record: dict, library: str) -> str:
         datasets=_datasets(record), metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         tags=["dialogue-recipes", record["recipe"]], model_name=f"{record['recipe']}-{short(base)}", eval_results=results or None)
     return TEMPLATE.get_template("model_card.md.jinja").render(yaml=data.to_yaml(), run=record, evaluations=evaluations, base=short(base),
-                                                                library=library, cell=cell)
+                                                                library=library, cell=cell, short=short)
 
 
 def cell(value) -> str:
