@@ -98,7 +98,7 @@ def taught(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     for split in ("train", "dev"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in DIALOGUES), encoding="utf-8")
-    for name, steps in (("knows", "150"), ("new", "1")):
+    for name, steps in (("knows", "80"), ("new", "1")):
         run_recipe("full", tiny("llama"), folder, folder / name, "--max_steps", steps, "--learning_rate", "1e-2",
                    "--per_device_train_batch_size", "4", "--eval_strategy", "no", "--save_strategy", "no",
                    "--load_best_model_at_end", "False")

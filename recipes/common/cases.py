@@ -27,7 +27,8 @@ from recipes.common.errors import UserError
 RULES = ("must_say", "must_not_say", "must_ask_for", "must_hand_over")
 # A sentence asks for something if it is a question, or has one of these.
 REQUESTS = ("please", "tell me", "send me", "give me", "let me know", "i need", "i'd need", "i'll need", "i will need", "could you",
-            "can you", "may i", "吗", "请", "麻烦", "告诉", "提供", "发我", "给我", "发给", "发来", "报一下", "报给", "说一下", "核对", "核实")
+            "can you", "may i",
+            "吗", "请", "麻烦", "告诉", "提供", "发我", "给我", "发给", "发来", "报一下", "报给", "说一下", "核对", "核实")
 # Ways of the bundled dialogues, and other common ones, to say that a person takes over.
 HAND_OVER = (
     r"/\b(connecting|transferring|transfer|connect|passing|putting|handing|hand|pass|put) (you|this|the chat)\b/",
