@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},
     "prefix_start": set(),
+    "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
@@ -59,7 +60,8 @@ MAY_IMPORT = {
     "dev_answers": {"chat", "generation", "losses", "metrics"},
     "trainer": {"dev_answers", "errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "model_card", "report"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+              "regularize", "trainer"},
 }
 
 

@@ -1,6 +1,6 @@
 """What is learned: a task is a record of its rows, how they become features, and how a batch of them is scored.
 
-A task never sees the method, and a method only sees the task's PEFT type, so any method goes with any task. Each module of this
+A task never sees the method, and a method only sees the task's name and PEFT type, so any method goes with any task. Each module of this
 folder is one task, found by its file name, and has five functions:
 
     check(shared)                      -> a function from a row to what is wrong with it, or None (data.Check)
@@ -8,6 +8,9 @@ folder is one task, found by its file name, and has five functions:
     facts(rows, shared)                -> what the train rows say that the model must know (its labels); kept in run.json
     make(shared, source, tokenizer, facts) -> Task
     evaluate(candidates, task, rows, record, options) -> the scores (evaluation.result)
+
+and the constant MODELS, which says for each kind of model (models.KINDS) with which of transformers' AutoModelFor... classes it does the
+task, or why it can't. With what a method says itself (args.Method.refuses), this is the table of what works with what.
 """
 
 import importlib
@@ -44,6 +47,8 @@ class Task:
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
+    start_head: Callable | None = None  # (model, task) sets a new head to what the train rows tell
+    head: str | None = None  # the new head's name where PEFT does not know it
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
@@ -53,17 +58,22 @@ class Task:
     method_report: dict = field(default_factory=dict)  # what a method has to say after the training
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
 
-    def load_model(self):
-        """The model that training starts from."""
-        model = models.load(self.source, self.auto_class, **self.config | self.dropout)
+    def load_model(self, in_4bit: bool = False):
+        """The model that training starts from, once `train` is there; `in_4bit`: its frozen matrices in 4 bits."""
+        quantized = {"quantization_config": models.quantization(self.peft_type)} if in_4bit else {}
+        model = models.load(self.source, self.auto_class, **self.config | self.dropout | quantized)
         if self.generation:
             model.generation_config = self.generation
         self.drawn_at_random = model.drawn_at_random
+        if self.start_head and self.train is not None and self.drawn_at_random:
+            self.start_head(model, self)
         return model
 
     def new_modules(self) -> list[str] | None:
-        """Modules that the checkpoint lacked (a pooler), for PEFT to train and save whole. It knows models.HEADS by itself."""
-        return [name for name in self.drawn_at_random if not set(models.HEADS) & set(name.split("."))] or None
+        """Modules for PEFT to train and save whole: a head that it does not know, and what the checkpoint lacked (a pooler)."""
+        heads = {*models.HEADS, self.head}
+        names = [name for name in self.drawn_at_random if not heads & set(name.split("."))]
+        return [*names, *([self.head] if self.head else [])] or None
 
 
 def module(name: str):
@@ -71,9 +81,32 @@ def module(name: str):
     return importlib.import_module(f"recipes.common.tasks.{name}")
 
 
-def load(shared, training) -> Task:
-    """Read and tokenize the rows of `shared.task` for the model `shared.model`; prints what was read. Raises `UserError`."""
+def why_not(task: str, kind: str, method) -> str | None:
+    """Why the task `task` can't be learned with models of this kind (models.KINDS) by `method` (args.Method), or None if it can."""
+    found = module(task).MODELS[kind]
+    return found if isinstance(found, str) else method.refuses(task, kind)
+
+
+def check_cell(task: str, source: models.Source, method) -> None:
+    """Raise `UserError` if this task, model and method do not go together. Reads the model's config, and no data."""
+    kind, config = models.kind(source), models.config(source)
+    if reason := why_not(task, kind, method):
+        raise UserError(f"--task {task}: {source.used} is {models.KINDS[kind]}, and {reason}")
+    if type(config) not in module(task).MODELS[kind]._model_mapping:
+        raise UserError(f"--task {task}: transformers has no model of the type {config.model_type} for it: use another than {source.used}")
+
+
+def load(shared, method, training) -> Task:
+    """Find the model `shared.model`, then read and tokenize the rows of `shared.task` for it; prints what was read. Raises `UserError`,
+    before any data is read if `method` (args.Method), task and model do not go together."""
     kind = module(shared.task)
+    if shared.start_from:
+        run = Path(shared.start_from)
+        record = models.read_record(run, "--start_from")
+        source = models.source_of_run(run, record)
+    else:
+        source = models.resolve(shared.model, shared.fallback_model)
+    check_cell(shared.task, source, method)
     splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
@@ -82,12 +115,8 @@ def load(shared, training) -> Task:
     if shared.train_fraction < 1:
         _draw_share(splits["train"], shared.train_fraction, training.seed)
     if shared.start_from:
-        run = Path(shared.start_from)
-        record = models.read_record(run, "--start_from")
-        source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
-        facts = _facts_of_run(record, shared, facts)
+        tokenizer, facts = models.load_run_tokenizer(run), _facts_of_run(record, shared, facts)
     else:
-        source = models.resolve(shared.model, shared.fallback_model)
         tokenizer = models.load_tokenizer(source)
     task = _make(kind, shared, source, tokenizer, facts)
     task.report |= {"max_length": task.max_length, "splits": {}, **replayed}
