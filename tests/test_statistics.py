@@ -80,6 +80,7 @@ def test_p_values_of_known_differences():
     assert statistics.p_value(np.zeros(999)) == 1
     assert statistics.p_value(np.array([1.0] * 900 + [-1.0] * 99)) == pytest.approx(0.2)
     assert statistics.p_value(np.array([1.0, -1.0] * 500)) == 1
+    assert statistics.p_value(np.array([1.0] * 999 + [math.nan])) == 1
 
 
 def test_the_paired_test_agrees_with_the_z_test():

@@ -42,6 +42,10 @@ MAY_IMPORT = {
     "augment": {"errors"},
     "pii": set(),
     "duplicates": set(),
+    "statistics": set(),
+    "item_scores": {"metrics"},
+    "comparison": {"item_scores", "statistics"},
+    "search": {"args", "errors", "runs", "tasks", "trainer"},
     "doctor": {"chat", "duplicates", "metrics", "pii"},
     "cases": {"errors"},
     "chat": {"errors"},
@@ -224,7 +228,7 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
     if not (ROOT / script).is_file():
         return f"{script} does not exist"
     if script != "scripts/train.py":
-        known = flags_of(script)
+        known = flags_of(script) | (recipe_flags("recipes/full.py") if script == "scripts/compare.py" else set())  # it passes them on
     elif "--recipe" not in given:
         known = {"--help"}
     else:
@@ -238,7 +242,7 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
 
 def check_make(words: list[str], copies: set[str]) -> str | None:
     """What is wrong with a `make` command, or None."""
-    names = ("MODEL", "DATA", "RECIPE", "OUT", "ARGS", "EVAL", "EPOCHS", "RUN", "VENV", "PYTHON", "HARDWARE")
+    names = ("MODEL", "DATA", "RECIPE", "OUT", "ARGS", "EVAL", "EPOCHS", "RUN", "RECIPES", "VENV", "PYTHON", "HARDWARE")
     variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
     if unknown := [name for name in variables if name not in names]:
         return f"the Makefile knows no {unknown[0]}="
@@ -311,6 +315,7 @@ def test_readme_links_and_paths_exist(readme):
     ("make data", "make fails"),
     ("python scripts/talk.py --run runs/x", "does not exist"),
     ("python scripts/chat.py --rum runs/x", "no flag --rum"),
+    ("python scripts/compare.py --recipes lora --budgt steps:3", "no flag --budgt"),
     ("accelerate launch scripts/train.py --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
     ("accelerate launch --config_file recipes/accelerate/cluster.yaml scripts/train.py --recipe lora", "hardware file"),
     ("accelerate launch scripts/train.py --recipe mine.py", "no recipe mine.py"),
@@ -343,7 +348,7 @@ def test_one_rule_makes_every_recipe_and_model():
 
 def test_make_alone_prints_help():
     out = subprocess.run(["make"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    for target in ("make lora-gpt2", "make chat", "make test", "make setup", "PYTHON="):
+    for target in ("make lora-gpt2", "make compare", "make chat", "make test", "make setup", "PYTHON="):
         assert target in out
 
 

@@ -104,7 +104,7 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
     bounds = f"[{double['gain_low']:.{kind.digits}f}, {double['gain_high']:.{kind.digits}f}]"
     # A fit never rises with data, so no gain is below 0: a curve that may as well be flat has a gain of 0 in many resamples.
     if not double["gain_low"] > 10**-kind.digits / 2:
-        sentence = f"can't tell whether more data would help: twice the rows might change {kind.title} by {bounds} or not at all"
+        sentence = f"can't tell whether more data would help: what twice the rows gain in {kind.title} lies in {bounds}, which holds 0"
     else:
         change = f"{'raise' if kind.higher_is_better else 'lower'} {kind.title} by about {double['gain']:.{kind.digits}f} {bounds}"
         sentence = (f"twice the rows ({double['rows']}) would {change}, to about {double['value']:.{kind.digits}f}, if the curve goes on "
@@ -126,9 +126,9 @@ def advice(record: dict) -> list[str]:
     """Sentences: which system to take and how sure that is, the warnings last."""
     done = {system["name"]: system for system in record["systems"] if system["scores"]}
     tuned = {name: system for name, system in done.items() if not system["base"]}
-    if not tuned:
-        return ["nothing to compare: no training has ended well"]
     metric = record["main_metric"]
+    if not tuned or record["best"][metric] is None:
+        return ["nothing to compare: no training has ended well"] + _failures(record)
     kind, table = item_scores.METRICS[metric], {name: system["scores"][metric] for name, system in done.items()}
     best = record["best"][metric]
     alike = [name for name in tuned if name == best or table[name]["against_best"]["p_holm"] >= ALPHA]
@@ -160,11 +160,12 @@ def advice(record: dict) -> list[str]:
     early = [name for name, system in tuned.items() if any(run["still_improving"] for run in system["runs"])]
     if early:
         lines.append(f"warning: {_and(early)} still improved at the last evaluation: with more training the order may change")
-    for system in record["systems"]:
-        for run in system["runs"]:
-            if run["status"] == "failed":
-                lines.append(f"warning: {run['name']} failed and is left out: {run['error']}")
-    return lines
+    return lines + _failures(record)
+
+
+def _failures(record: dict) -> list[str]:
+    return [f"warning: {run['name']} failed and is left out: {run['error']}" for system in record["systems"] for run in system["runs"]
+            if run["status"] == "failed"]
 
 
 def _better(kind: item_scores.Metric, a: float, b: float) -> bool:
@@ -187,9 +188,9 @@ def _and(names: list[str]) -> str:
 
 # The table
 
-COSTS = {"trainable_parameters": ("trained", lambda value: _short(value)), "seconds": ("seconds", lambda value: f"{value:.0f}"),
-         "tokens_per_second": ("tokens/s", lambda value: f"{value:.0f}"), "peak_memory_mb": ("GB", lambda value: f"{value / 1000:.1f}"),
-         "disk_mb": ("MB disk", lambda value: f"{value:.1f}"), "latency": ("s/answer", lambda value: f"{value:.3g}")}
+COSTS = {"trainable_parameters": ("trained", lambda value: _short(value)), "seconds": ("s", lambda value: f"{value:.0f}"),
+         "tokens_per_second": ("tok/s", lambda value: f"{value:.0f}"), "peak_memory_mb": ("GB", lambda value: f"{value / 1000:.1f}"),
+         "disk_mb": ("MB", lambda value: f"{value:.1f}"), "latency": ("s/answer", lambda value: f"{value:.3g}")}
 
 
 def table(record: dict, intervals: int) -> tuple[list[str], list[list[str]]]:
@@ -255,8 +256,8 @@ def notes(record: dict) -> list[str]:
     main = item_scores.METRICS[record["main_metric"]].title
     return [f"intervals: 95 %, bootstrap over {record['items']} {record['unit']}" + (" and over seeds" if len(record["seeds"]) > 1 else ""),
             f"p: that the {main} is as good as the best one's, paired bootstrap, corrected for several comparisons (Holm)",
-            "seconds, tokens/s, GB (peak memory): of the training; MB disk: what has to be deployed, without the model below an adapter; "
-            "s/answer: one at a time, median", *record["notes"]]
+            "trained: parameters; s, tok/s (tokens a second), GB (peak memory): of the training; MB: to be deployed, without the "
+            "model below an adapter; s/answer: one at a time, median", *record["notes"]]
 
 
 def settings(chosen: dict) -> str:

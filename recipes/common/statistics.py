@@ -46,8 +46,10 @@ def p_value(differences: np.ndarray) -> float:
     """Of resampled paired differences between two systems: how likely one as far from 0 is if the systems are equally good, two-sided.
 
     The share of resamples that turn the winner round (Koehn, 2004, aclanthology.org/W04-3250), doubled for both sides; never 0, as a
-    finite number of resamples can't tell.
+    finite number of resamples can't tell. 1, no evidence, where a resample has no score.
     """
+    if not np.isfinite(differences).all():
+        return 1.0
     side = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (side + 1) / (len(differences) + 1)))
 
