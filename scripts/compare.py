@@ -34,7 +34,9 @@ samples: a list of {context: [[who, text]], reference, answers: {system: text}};
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -157,9 +159,12 @@ def check(options, flags: list[str]) -> SimpleNamespace:
         raise UserError("--search trains in one process: leave --hardware out, or choose the settings with --grid")
     if options.search and any(len(points) > 1 for points in grid.values()):
         raise UserError("--search chooses the settings that --grid would choose from: leave one of them out")
-    for name, module in modules.items():
-        for settings in grid[name]:
-            shared, _, training = understood(name, module, [*common, *as_flags(settings)])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for name, module in modules.items():
+            for settings in grid[name]:
+                shared, _, training = understood(name, module, [*common, *as_flags(settings)])
+    print("".join(dict.fromkeys(said.getvalue().splitlines(keepends=True))), end="")  # a note that all of them make is shown once
     fractions = sorted(map(share, options.data_fractions.split(",")))
     if fractions[-1] != 1 or len(set(fractions)) < len(fractions):
         raise UserError(f"--data_fractions {options.data_fractions}: name each share once, and 1, all rows, among them")

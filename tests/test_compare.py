@@ -323,7 +323,8 @@ def test_shares_of_the_rows_lie_within_each_other(go, shop):
 
 def test_a_budget_of_tokens_is_kept_with_a_whole_schedule(go, tmp_path):
     out = tmp_path / "out"
-    go(out, *FIRST, "--budget", "tokens:900")
+    _, printed, _ = go(out, *FIRST, "--budget", "tokens:900", "--save_strategy", "no")
+    assert printed.count("--load_best_model_at_end is off") == 1  # both recipes say so
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/run.json")]
     per_step = runs[0]["tokens"] / runs[0]["steps"]
     for run in runs:
