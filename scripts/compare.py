@@ -16,7 +16,7 @@ sets the flag. --search N lets Optuna choose, by N trials on dev for each recipe
 
 --data_fractions 0.25,0.5,1 also trains on shares of the rows, each part of the next, and tells what more data would bring.
 
-Written are OUT/compare.md, the table, and OUT/compare.json, the record of it all:
+Written are OUT/compare.md, the table, OUT/report.html, the pictures, and OUT/compare.json, the record of it all:
 
     python -m json.tool runs/compare/compare.json
 
@@ -108,10 +108,11 @@ def main():
             if plan.base and base_with is None and result["status"] == "done":
                 base_with = run
     record = collect(plan, chosen, grid, results, base_with, out)
-    from recipes.common import comparison, runs
+    from recipes.common import comparison, report, runs
 
     runs.write_json(out / "compare.json", record)
     (out / "compare.md").write_text(comparison.markdown(record), encoding="utf-8")
+    (out / "report.html").write_text(report.render_comparison(runs.visible(record)), encoding="utf-8")
     show(record, out)
     return 0 if any(system["scores"] for system in record["systems"] if not system["base"]) else 1
 

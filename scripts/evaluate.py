@@ -31,7 +31,7 @@ READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "sourc
 def main():
     errors.install()
     options = parse()
-    from recipes.common import evaluation, models, runs, tasks
+    from recipes.common import comparison, evaluation, models, runs, tasks
 
     run, *others = map(Path, options.run)
     record = models.read_record(run)
@@ -62,11 +62,18 @@ def main():
         candidates = {name: partial(timed, name, load, task, rows, record, options, latency) for name, load in candidates.items()}
     scores = kind.evaluate(candidates, task, rows, record, options)
     scores["source"] = source
+    # The accuracy of these counts rows that are turned away, and their F1 takes a set of labels for one.
+    other_scale = {"f1_macro"} if tasks.flags(record).multi_label else set()
+    if "dev_oos_threshold" in record["metrics"]:
+        other_scale = {"accuracy", "f1_macro"}
+    scores["intervals"] = comparison.intervals(record["task"], scores["predictions"], scores["losses"], other_scale)
     if others and "dev_oos_threshold" in record["metrics"]:
         scores["notes"].append(f"the probability below which a row is turned away is that of {run}, for every model")
     scores["signature"] += f", {str(dtype).removeprefix('torch.')}"
     evaluation.print_table(scores)
-    evaluation.print_samples(scores)
+    if options.slices:
+        evaluation.print_slices(scores)
+    evaluation.print_samples(scores, options.samples)
     predictions = run / f"predictions-{label}.jsonl"
     predictions.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.pop("predictions")), encoding="utf-8")
     losses = run / f"losses-{label}.json"
@@ -161,7 +168,9 @@ def parse(argv=None):
     parser.add_argument("--num_beams", type=args.positive, default=1, help="translate: beams of the search (default: 1, greedy)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
-    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3)")
+    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3); the report has 20")
+    parser.add_argument("--slices", action="store_true",
+                        help="show the scores of parts of the rows too: by intent, sentiment, language, turn, length (the report has them)")
     parser.add_argument("--latency", type=args.whole, default=0, metavar="N",
                         help="also time N answers one at a time, and show the median (default: 0, none)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")

@@ -247,7 +247,7 @@ def test_evaluations_of_several_splits_live_side_by_side(run):
     record = read(run)
     assert record["evaluation"].keys() == {"test", "dev", "train"} and record.keys() == FIELDS | {"evaluation"}
     assert all(evaluation["rows"] == 1 for evaluation in record["evaluation"].values())
-    assert (run / "report.html").read_text(encoding="utf-8").count("<h2>Evaluation on ") == 3
+    assert (run / "report.html").read_text(encoding="utf-8").count("<h3>Evaluation on ") == 2 * 3
 
 
 def test_evaluate_on_another_file(run, write_jsonl):
@@ -290,7 +290,7 @@ def test_the_report_is_one_safe_file(run):
     assert HOSTILE not in page and "&lt;script&gt;" in page  # the dialogue is shown, as text
     assert "<script" not in page and "<img" not in page
     assert check_page(page) == []
-    assert "<svg" in page and "Sample replies" in page and "BLEU" in page
+    assert "<svg" in page and "Answers side by side" in page and "BLEU" in page
 
 
 def check_page(page: str) -> list[str]:

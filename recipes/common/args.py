@@ -35,6 +35,8 @@ def trainer_option(default, help, **others):
 
 
 FAULTS = "when a run is interrupted or goes wrong"
+WRITING = ("chat", "translate")  # tasks whose models write text
+WRITTEN = ("bleu", "rougeL", "chrf")  # metrics of what they write
 
 
 @dataclass
@@ -58,7 +60,8 @@ class SharedArguments:
                                    at_least=0)
     max_tokens: int = option(None, "train on about N tokens, in place of --num_train_epochs", at_least=1)
     max_minutes: float = option(None, "end the training after so many minutes, wherever its schedule stands", at_least=0)
-    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never", at_least=0)
+    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss (or --metric_for_best_model); 0: never",
+                                         at_least=0)
 
     label: str = option("label", "the column to predict; of dialogues, the key of the turns (intent, sentiment)", task="classify")
     context_turns: int = option(0, "of dialogues: the N turns before the one to classify are read too", task="classify", at_least=0)
@@ -71,6 +74,12 @@ class SharedArguments:
                                                                 "random, as with --multi_label", task="classify")
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
+
+    eval_generate_rows: int = option(0, "at each evaluation, answer N dev turns or pairs too: metrics bleu, rougeL and chrf, as in "
+                                     "--metric_for_best_model rougeL; 0: none", task=WRITING, at_least=0)
+    eval_generate_tokens: int = option(128, "longest of these answers", task=WRITING, at_least=1)
+    eval_generate_seconds: float = option(60.0, "begin no further batch of these answers after so many seconds; how many were answered is "
+                                          "told, but what was answered then depends on the machine", task=WRITING, at_least=1)
 
     start_from: str = option(None, "go on from this finished run on new data, with its model, template and labels; an adapter by its own "
                              "recipe", group="continual fine-tuning")
@@ -177,7 +186,8 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
     for kind, title in (("group", "{}"), ("task", "--task {}")):
         for name in dict.fromkeys(f.metadata[kind] for f in fields(SharedArguments) if kind in f.metadata):
-            add_fields(parser.add_argument_group(title.format(name)), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
+            shown = title.format(name if isinstance(name, str) else " or ".join(name))
+            add_fields(parser.add_argument_group(shown), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
     known, rest = parser.parse_known_args(argv)
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
@@ -337,13 +347,21 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
 
 def check_task(shared: SharedArguments, argv: list[str]) -> None:
     """Raise `UserError` if the command line has a flag of another task."""
+    flags = {word.split("=")[0] for word in argv}
     for f in fields(SharedArguments):
-        if f.metadata.get("task", shared.task) != shared.task and any(word.split("=")[0] == f"--{f.name}" for word in argv):
-            raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
+        theirs = f.metadata.get("task", shared.task)
+        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        if shared.task not in theirs and f"--{f.name}" in flags:
+            raise UserError(f"--{f.name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
 
 
 def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     check_task(shared, argv)
+    best = (training.metric_for_best_model or "").removeprefix("eval_")
+    if best in WRITTEN and not shared.eval_generate_rows:
+        raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
+    if best in WRITTEN and not training.greater_is_better:
+        raise UserError(f"--metric_for_best_model {best} would keep the worst checkpoint, as more is better: add --greater_is_better True")
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
     if shared.tokens_per_step and training.gradient_accumulation_steps > 1:

@@ -10,6 +10,7 @@ import numpy as np
 from recipes.common import item_scores, statistics
 
 ALPHA = 0.05  # a difference counts when its corrected p-value is below this
+RESAMPLES = 1000  # of the rows of one run
 FEW_ITEMS = 50  # below this many items, percentile intervals are too narrow and most differences can't be seen
 STILL_IMPROVING = 0.005  # a last evaluation that lowered the dev loss by more than this share says that training ended early
 FACTORS = (2, 4)  # how many times the data the curve is carried on to
@@ -50,6 +51,23 @@ def score(systems: dict[str, list[Counts]], base: str | None, drawn: np.ndarray)
                 out[name][key] = {"difference": out[name]["mean"] - out[reference]["mean"], "low": low, "high": high, "p": p,
                                   "p_holm": corrected}
         found[metric] = {"best": best, "systems": out}
+    return found
+
+
+def intervals(task: str, lines: list[dict], losses: dict, left_out: set[str] = frozenset()) -> dict[str, dict]:
+    """Model -> heading of a score -> {"value", "low", "high"}: how far each score would move on other rows like these.
+
+    Of one run's answers, as evaluate.py writes them; `left_out` are metrics that these do not give.
+    """
+    found = {}
+    for name, sums in losses.items():
+        counts = {metric: values for metric, values in item_scores.counts(task, lines, sums, name).items() if metric not in left_out}
+        drawn = statistics.draws(len(next(iter(counts.values()))), RESAMPLES, 0) if counts else None
+        found[name] = {}
+        for metric, values in counts.items():
+            kind = item_scores.METRICS[metric]
+            low, high = statistics.interval(statistics.resample([values], kind.score, drawn))
+            found[name][kind.title] = {"value": float(kind.score(values.sum(0))), "low": low, "high": high}
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import enable_full_determinism, set_seed
 
-from recipes.common import checkpoints, report
+from recipes.common import checkpoints, model_card, report
 from recipes.common.errors import UserError
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
@@ -179,10 +179,13 @@ def numbers_in(parameter) -> int:
 
 
 def write(folder: Path, record: dict) -> None:
-    """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string; secrets don't."""
+    """Write run.json, whole or not at all, and the report and the model card that are made from it. NaN stays visible, as a string;
+    secrets don't."""
     record = without_secrets(record)
     write_json(folder / "run.json", record)
-    (folder / "report.html").write_text(report.render(record), encoding="utf-8")
+    library = "peft" if (folder / "adapter_config.json").is_file() else "transformers"
+    (folder / "MODEL_CARD.md").write_text(model_card.render(visible(record), library), encoding="utf-8")
+    (folder / "report.html").write_text(report.render(record, record.get("report_language", "en")), encoding="utf-8")
 
 
 def write_json(path: Path, record: dict) -> None:

@@ -8,6 +8,7 @@ Five things differ, each in one place:
 - `choose_attention` takes the faster attention kernel for the batch at hand;
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
+- `evaluation_loop` also scores answers written to some dev rows, if asked to (dev_answers.py);
 - `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to;
 - checkpoints are whole or not there (checkpoints.py), and signals, broken numbers and lack of memory are met (faults.py).
 """
@@ -30,7 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from recipes.common import batches, checkpoints, faults, losses, regularize
+from recipes.common import batches, checkpoints, dev_answers, faults, losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -72,6 +73,12 @@ class RecipeTrainer(Trainer):
         self._loss_shifts_labels = task.loss is losses.next_token
         self.padded = self.positions = 0  # that were run in training, by this process
         self.label_names = ["labels"]
+        self.asked = []
+        if shared.eval_generate_rows:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError("--eval_generate_rows needs the whole model on each device, and FSDP or DeepSpeed divides it: leave it out")
+            self.asked = dev_answers.questions(task.dev, task.tokenizer, shared.eval_generate_rows,
+                                               losses.network(model).config.is_encoder_decoder)
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
@@ -97,6 +104,17 @@ class RecipeTrainer(Trainer):
         else:
             self.forgetting["before"] = self._scores_on_old_rows()
             self.log({f"old_{name}": value for name, value in self.forgetting["before"].items()})
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with the scores of answers written to dev rows where --eval_generate_rows asks for them."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.asked and metric_key_prefix == "eval":
+            with self.accelerator.autocast():
+                scores = dev_answers.score(self.accelerator.unwrap_model(self.model), self.task.tokenizer, self.asked,
+                                           self.shared.eval_generate_tokens, self.shared.eval_generate_seconds,
+                                           self.args.process_index, self.args.world_size)
+            output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
+        return output
 
     def _scores_on_old_rows(self) -> dict[str, float]:
         # predict() and not evaluate(): early stopping listens to every evaluation. It draws a random number, for a seed of the loader,

@@ -25,6 +25,7 @@ MAX_LENGTH = 256
 UNIT = "rows"
 MODELS = dict.fromkeys(models.KINDS, AutoModelForSequenceClassification)
 UNTUNED_SCORES = False  # a pretrained model has no head for these labels
+SLICED_BY = ("intent", "sentiment")  # annotation of a row or turn by which its scores are cut up
 TURNED_AWAY = 0.05  # share of the dev rows that a threshold may turn away wrongly, where dev has no out-of-scope rows to set it by
 
 
@@ -45,7 +46,9 @@ def rows(rows, shared) -> list[dict]:
                 before = row["messages"][max(0, i - shared.context_turns): i]
                 context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
                 out.append({"id": f"{row.get('id', len(out))}#{i + 1}", "text": turn["content"], "text_pair": context or None,
-                            "label": turn[shared.label]} | {key: row[key] for key in ("language",) if key in row})
+                            "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
+                           | {key: row[key] for key in ("language",) if key in row}
+                           | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
     return out
 
 
@@ -230,15 +233,16 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     right = [_right(labels[i], names, shared) for i in range(len(rows))]
     predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
     samples = [[("text", rows[i]["text"]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
-               for i in evaluation.spread(len(rows), options.samples)]
+               for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, "text": row["text"], "label": right[i],
                     **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
-    notes, more = [], {}
+    notes, more = [], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
         notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
     if not shared.multi_label:
         more["report"] = metrics.classification_report(predicted[name], right)
         wrong = Counter((r, p) for r, p in zip(right, predicted[name], strict=True) if r != p)
+        more["confusion_matrix"] = metrics.confusion_matrix(predicted[name], right)
         more["confusions"] = [[r, p, n] for (r, p), n in wrong.most_common(10)]
         notes += [f"{n} times {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
     headings = {"loss": "loss", "accuracy": "accuracy", "f1_macro": "macro F1"}
@@ -267,6 +271,25 @@ def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
                 values["oos_recall"] = 100 * (~kept)[outside].mean() if outside.any() else np.nan
         scored.append({"language": language, "model": name, "count": int(at.sum()), "values": values})
     return scored
+
+
+def _slices(rows, languages, logits, labels, shared) -> dict:
+    """Accuracy and macro F1 of parts of the rows, by what they say of themselves; out-of-scope rows are in no part."""
+    inside = np.flatnonzero(np.ones(len(rows), bool) if shared.multi_label else labels != IGNORE)
+    keys = [{key: rows[i][key] for key in SLICED_BY if isinstance(rows[i].get(key), str) and key != shared.label}
+            | {"language": languages[i], "length": metrics.length_class(rows[i]["text"])}
+            | ({"turn": str(rows[i]["turn"]) if rows[i]["turn"] < 5 else "5+"} if isinstance(rows[i].get("turn"), int) else {})
+            for i in inside]
+
+    def scorer(values):
+        def score(at):
+            own, right = values[inside[at]], labels[inside[at]]
+            scores = (multi_label_scores(own > 0, right > 0) if shared.multi_label
+                      else label_scores(own.argmax(1).tolist(), right.tolist()))
+            return [100 * scores["accuracy"], 100 * scores["f1_macro"]]
+        return score
+
+    return evaluation.slices(keys, ["accuracy", "macro F1"], {name: scorer(values) for name, values in logits.items()})
 
 
 def _right(label, names, shared) -> str:

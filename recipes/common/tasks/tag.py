@@ -179,10 +179,20 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
             scored.append({"language": language, "model": name, "count": len(at), "values": [values[key] for key in COLUMNS]})
     samples = [[("text", "".join(spaced(rows[i]["tokens"]))), ("right", shown(rows[i]["tokens"], right[i])),
                 *((name, shown(rows[i]["tokens"], tags[i])) for name, tags in predicted.items())]
-               for i in evaluation.spread(len(rows), options.samples)]
+               for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, "language": languages[i], "tokens": row["tokens"], "tags": right[i],
                     **{name: tags[i] for name, tags in predicted.items()}} for i, row in enumerate(rows)]
-    return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), notes=counts["sentences"], samples=samples,
+
+    def scorer(tags):
+        def score(at):
+            average = metrics.span_report([tags[i] for i in at], [right[i] for i in at])["micro avg"]
+            return [100 * average[key] for key in ("f1-score", "precision", "recall")]
+        return score
+
+    keys = [{"language": language, "length": metrics.length_class("".join(spaced(row["tokens"])))}
+            for language, row in zip(languages, rows, strict=True)]
+    slices = evaluation.slices(keys, ["F1", "precision", "recall"], {name: scorer(tags) for name, tags in predicted.items()})
+    return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), slices=slices, notes=counts["sentences"], samples=samples,
                              predictions=predictions, losses=losses, report=metrics.span_report(predicted[name], right),
                              signature="a span is right if its type and both its ends are; F1, precision, recall 0-100 over all spans, "
                                        "macro F1 over types, accuracy over words")

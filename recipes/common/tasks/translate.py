@@ -172,12 +172,15 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         if cut:
             notes.append(f"{name}: {cut} of {len(rows)} targets did not end within {options.max_new_tokens} tokens and were cut")
     samples = [[("source", rows[i]["source"]), ("reference", references[i][0]), *((name, written[i]) for name, written in texts.items())]
-               for i in evaluation.spread(len(rows), options.samples)]
+               for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, "language": languages[i], "source": row["source"], "references": references[i],
                     **{name: written[i] for name, written in texts.items()}} for i, row in enumerate(rows)]
+    keys = [{"language": language, "target_length": metrics.length_class(refs[0])}
+            for language, refs in zip(languages, references, strict=True)]
+    slices = evaluation.slices(keys, chat_task.SLICED.values(), chat_task.sliced(texts, references, languages))
     how = "greedy" if options.num_beams == 1 else f"{options.num_beams} beams"
     return evaluation.result(COLUMNS.values(), scored, UNIT, len(rows), notes=notes, samples=samples, predictions=predictions,
-                             losses=losses, signature=f"{signature}; {how}, at most {options.max_new_tokens} new tokens")
+                             losses=losses, slices=slices, signature=f"{signature}; {how}, at most {options.max_new_tokens} new tokens")
 
 
 def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
