@@ -12,13 +12,14 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm
+.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm tag-minilm
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
 	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, adalora, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
 	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
+	@echo "make tag-minilm       find order numbers, amounts, dates, cities ... in what customers write"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
@@ -60,7 +61,10 @@ RECIPE ?= full
 intent-minilm: FLAGS = --task classify --label intent --context_turns 2
 sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
-intent-minilm sentiment-minilm: $(STAMP)
+tag-minilm: DATA = data/slots
+tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8 --learning_rate 3e-4
+tag-minilm: EPOCHS = 10
+intent-minilm sentiment-minilm tag-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
 
 chat: $(STAMP)
