@@ -48,13 +48,15 @@ MAY_IMPORT = {
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},
     "prefix_start": set(),
+    "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+              "regularize", "trainer"},
 }
 
 
