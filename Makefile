@@ -12,13 +12,14 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench chaos audit chat compare model-gemma3 intent-minilm sentiment-minilm pretrain-tiny
+.PHONY: help setup test lint bench chaos audit chat compare model-gemma3 intent-minilm sentiment-minilm tag-minilm pretrain-tiny
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
 	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, adalora, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
 	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
+	@echo "make tag-minilm       find order numbers, amounts, dates, cities ... in what customers write"
 	@echo "make pretrain-tiny    a tiny language model from scratch, on the text of the bundled conversations"
 	@echo "make compare          train four recipes alike, score them on the same rows, say which to take (RECIPES='lora mine' ...)"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
@@ -64,7 +65,10 @@ RECIPE ?= full
 intent-minilm: FLAGS = --task classify --label intent --context_turns 2
 sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
-intent-minilm sentiment-minilm: $(STAMP)
+tag-minilm: DATA = data/slots
+tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8 --learning_rate 3e-4
+tag-minilm: EPOCHS = 10
+intent-minilm sentiment-minilm tag-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
 
 # From scratch: SmolLM2's architecture in small sizes. It takes minutes, and learns no more than what such text looks like.

@@ -136,6 +136,20 @@ def test_top_layers_of_two_stacks_are_refused_before_any_data_is_read(tiny):
         tasks.check_cell("translate", source, full.MethodArguments(train_top_layers=1))
 
 
+@pytest.mark.parametrize(("task", "kind", "top"), [
+    ("classify", "bert", r"bert\.(encoder\.layer\.1\..*|pooler\..*)|classifier\..*"),
+    ("tag", "bert", r"bert\.encoder\.layer\.1\..*|classifier\..*"),
+    ("classify", "gpt2", r"transformer\.(h\.1\..*|ln_f\..*)|score\..*"), ("tag", "llama", r"model\.(layers\.1\..*|norm\..*)|score\..*"),
+])
+def test_the_top_layers_of_a_classifier_are_trained_with_its_head(task, kind, top, tiny, files, tmp_path):
+    trainer = run_recipe("full", tiny(kind), files[task], tmp_path / "run", "--task", task, "--train_top_layers", "1", "--max_steps", "2",
+                         "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "False", trainer_class=Watched)
+    now = dict(trainer.model.named_parameters())
+    changed = {name for name, before in trainer.before.items() if not torch.equal(before, now[name])}
+    assert {name for name in now if re.fullmatch(top, name)} == {name for name, p in now.items() if p.requires_grad}
+    assert changed and changed <= {name for name, p in now.items() if p.requires_grad}
+
+
 def test_every_cell_is_one_or_the_other_and_the_code_says_so(tiny):
     assert {kind: models.kind(models.Source(kind, kind, str(tiny(kind)))) for kind in KINDS} == KINDS
     assert set(TASKS) == ROWS.keys()

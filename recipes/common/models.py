@@ -259,20 +259,22 @@ def new_heads(peft_type: str | None) -> list[str] | None:
 
 
 def train_top_layers(model, count: int) -> None:
-    """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
+    """Freeze all but the top `count` blocks and what follows them: the final norm or the pooler, and the head.
 
     Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
     Raises `UserError` if the model has fewer blocks.
     """
-    parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
-                        if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
-    blocks = getattr(parent, name)
+    path, blocks = max(((path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)),
+                       key=lambda found: len(found[1]))
     if count > len(blocks):
         raise UserError(f"--train_top_layers {count}: the model has {len(blocks)} blocks")
-    children = [child for _, child in parent.named_children()]
-    after = children[children.index(blocks) + 1:]
+    after, parent = [], model
+    for name in path.split("."):  # down to the blocks: a model names its parts in the order in which it runs them
+        names = [child for child, _ in parent.named_children()]
+        after += [getattr(parent, later) for later in names[names.index(name) + 1:]]
+        parent = getattr(parent, name)
     model.requires_grad_(False)
-    for module in (*blocks[-count:], *after, model.get_output_embeddings()):
+    for module in (*blocks[-count:], *after):
         module.requires_grad_(True)
 
 

@@ -95,6 +95,7 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
         counts["stray"] += sum(tag[0] == "I" and (i == 0 or tags[i - 1][1:] != tag[1:]) for i, tag in enumerate(tags))
         counts["shortened"] += len(whole["input_ids"]) > max_length
         counts["empty"] += len(tokens) - len(sizes.keys() - {None})
+        counts["unread"] += sum(encoding["input_ids"][at[0]] == tokenizer.unk_token_id for at in places.values())
         counts["beyond"] += len(sizes.keys() - {None}) - len(places)
         counts["tokens"] += len(encoding["input_ids"])
         counts["supervised"] += len(places)
@@ -111,6 +112,9 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
         sentences.append(f"{counts['stray']} tags I-... continue no span of their type: each begins one")
     if unknown:
         sentences.append(f"{unknown.total()} words have types that the train rows lack ({', '.join(sorted(unknown))}): they can't be found")
+    if counts["unread"]:
+        sentences.append(f"{counts['unread']} of {counts['supervised']} words are unknown to the tokenizer, and the same "
+                         f"{tokenizer.unk_token} to the model: it goes by what stands around them")
     return Dataset.from_list(features), {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": [], "refused": {}, "items": "words",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
