@@ -86,14 +86,15 @@ def counts(task: str, lines: list[dict], losses: dict[str, list[float]], name: s
     `lines` are those of predictions-SPLIT.jsonl; `losses` is row -> (nats, items trained on). Items are in the order of their row
     numbers, those of `lines` and `losses` together.
     """
-    rows = sorted({line["row"] for line in lines} | {int(row) for row in losses})
+    answers = _OF_ANSWERS[task](lines, name) if lines else {}
+    rows = sorted(({line["row"] for line in lines} if answers else set()) | {int(row) for row in losses})
     at = {row: i for i, row in enumerate(rows)}
     nll = np.zeros((len(rows), 2))
     for row, sums in losses.items():
         nll[at[int(row)]] = sums
     found = {"loss": nll, "perplexity": nll} if losses else {}
-    where = np.array([at[line["row"]] for line in lines], dtype=int)
-    for metric, values in _OF_ANSWERS[task](lines, name).items() if lines else ():
+    for metric, values in answers.items():
+        where = np.array([at[line["row"]] for line in lines], dtype=int)
         found[metric] = np.zeros((len(rows), values.shape[1]))
         np.add.at(found[metric], where, values)
     return {metric: found[metric] for metric in OF_TASK[task] if metric in found}

@@ -403,10 +403,11 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     pairs = task.loss is losses.masked_and_next_sentence
     headings = COLUMNS | ({"next_sentence_accuracy": "next"} if pairs else {})
     chosen = evaluation.spread(len(features) if task.peft_type != "CAUSAL_LM" else len(rows), options.samples)
-    scored, samples = [], [[] for _ in chosen]
+    scored, samples, nats = [], [[] for _ in chosen], {}
     for name, load in candidates.items():
         model = load()
         sums, *told = map(np.array, zip(*dataset_outputs(model, task, features, f"Loss of {name}"), strict=True))
+        nats[name] = {i: own[:2].tolist() for i, own in enumerate(sums)}
         for language in [*encoded, "all"]:
             at = (where == language) | (language == "all")
             values = mean_loss(sums[at]) | (next_sentence_accuracy(told[0][at]) if pairs else {})
@@ -421,7 +422,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
             sample += [*([] if sample else [("text", asked[i]), ("right", right[i])]), (name, answers[i])]
     notes = [f"{language}: {sentence}" for language, (_, counts) in encoded.items() for sentence in counts["sentences"]]
     return evaluation.result(headings.values(), scored, UNIT, len(rows), notes=notes, samples=samples,
-                             predictions=[dict(sample) for sample in samples],
+                             predictions=[{"row": i, **dict(sample)} for i, sample in zip(chosen, samples, strict=True)], losses=nats,
                              signature="perplexity a token, of the model's own tokens; bits per byte of text in UTF-8"
                              + ("" if task.peft_type == "CAUSAL_LM" else ", of the words asked for alone"))
 
