@@ -138,6 +138,12 @@ def test_the_report_of_a_comparison_has_every_section(language, comparison):
     assert "take lora" in page and "0.060" in page and "prefix-seed42" in page
 
 
+def test_a_comparison_in_which_all_failed_has_a_report(comparison):
+    nothing = {"metrics": {}, "best": {}, "systems": comparison["systems"][-1:], "samples": [], "learning_curves": [], "grid": []}
+    page = report.render_comparison(comparison | nothing)
+    assert check(page, COMPARISON_SECTIONS) == [] and "<svg" not in page
+
+
 def test_a_broken_page_is_found(record):
     page = report.render(record)
     assert check(page.replace('id="answers"', ""), RUN_SECTIONS) == ["no section answers"]

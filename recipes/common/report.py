@@ -130,6 +130,8 @@ def _matrix(result: dict, t) -> str:
 def _cost_pictures(record: dict, scored: list[dict], t) -> list[str]:
     """The main score over each cost, a point for each system that has both."""
     main = record["main_metric"]
+    if main not in record["metrics"]:  # no run ended well
+        return []
     pictures = []
     for key, title in (("trainable_parameters", t("trained parameters")), ("seconds", t("seconds of training")),
                        ("peak_memory_mb", t("peak memory (MB)")), ("disk_mb", t("MB on disk")), ("latency", t("seconds for an answer"))):
