@@ -43,7 +43,7 @@ def render_comparison(record: dict, language: str = "en") -> str:
                                     *((name, _text(answer)) for name, answer in sample["answers"].items())])
                           for sample in record["samples"]],
                  title=t("Comparison of {systems} on {model}", systems=", ".join(s["name"] for s in record["systems"] if not s["base"]),
-                         model=plots.short(record["model"]["used"])))
+                         model=plots.short(record["model"]["used"] or record["model"]["requested"])))
 
 
 def _page(template: str, language: str, **values) -> str:
