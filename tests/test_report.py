@@ -138,6 +138,13 @@ def test_the_report_of_a_comparison_has_every_section(language, comparison):
     assert "take lora" in page and "0.060" in page and "prefix-seed42" in page
 
 
+def test_a_comparison_in_which_all_failed_has_a_report(comparison):
+    nothing = {"metrics": {}, "best": {}, "systems": comparison["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
+               "model": {"requested": "gpt2", "used": None}, "hardware": None, "versions": None, "data": {}}
+    page = report.render_comparison(comparison | nothing)
+    assert check(page, COMPARISON_SECTIONS) == [] and "<svg" not in page and "used in its place" not in page
+
+
 def test_a_broken_page_is_found(record):
     page = report.render(record)
     assert check(page.replace('id="answers"', ""), RUN_SECTIONS) == ["no section answers"]
@@ -169,6 +176,10 @@ def said() -> set[str]:
 
 def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
+    names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
+             "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy", "macro F1", "micro F1",
+             "kept", "OOS recall"}  # of what records hold
+    assert ZH.keys() - said() == names
     assert [english for english, chinese in ZH.items() if not HAN.search(chinese)] == []
     for english, chinese in ZH.items():
         assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", chinese)), english

@@ -15,7 +15,6 @@ from recipes.common.wording import name_in, wording
 TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), autoescape=True, undefined=jinja2.StrictUndefined,
                                trim_blocks=True, lstrip_blocks=True)
 REFERENCES = ("reference", "label", "right")  # who speaks the right answer in a sample
-SPEAKERS = ("user", "assistant", "system", "tool", "text", "source", *REFERENCES)
 SPEED = ("_runtime", "_per_second")
 _CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _TOKEN = re.compile(f"[{_CJK}]|(?:(?![{_CJK}])\\w)+|\\s+|.", re.S)  # a Chinese character, a word, blanks, any other sign
@@ -24,7 +23,7 @@ _TOKEN = re.compile(f"[{_CJK}]|(?:(?![{_CJK}])\\w)+|\\s+|.", re.S)  # a Chinese 
 def render(record: dict, language: str = "en") -> str:
     """The report on the run that `record` (run.json) describes, as HTML, in "en" or "zh"."""
     t = wording(language)
-    evaluations = {split: result | {"pictures": _score_pictures(result, t), "matrix": _matrix(result, t),
+    evaluations = {split: result | {"pictures": _score_pictures(result), "matrix": _matrix(result, t),
                                     "answers": [_answers(sample) for sample in result["samples"]]}
                    for split, result in record.get("evaluation", {}).items()}
     return _page("report.html.jinja", language, run=record, curves=curves(record["history"], t), evaluations=evaluations,
@@ -44,12 +43,12 @@ def render_comparison(record: dict, language: str = "en") -> str:
                                     *((name, _text(answer)) for name, answer in sample["answers"].items())])
                           for sample in record["samples"]],
                  title=t("Comparison of {systems} on {model}", systems=", ".join(s["name"] for s in record["systems"] if not s["base"]),
-                         model=plots.short(record["model"]["used"])))
+                         model=plots.short(record["model"]["used"] or record["model"]["requested"])))
 
 
 def _page(template: str, language: str, **values) -> str:
     return TEMPLATES.get_template(template).render(t=wording(language), name=name_in(language), language=language, number=number,
-                                                   short=plots.short, colours=plots.COLOURS, language_of=language_of, **values)
+                                                   short=plots.short, language_of=language_of, **values)
 
 
 def number(value, digits: int = 2) -> str:
@@ -112,7 +111,7 @@ def curves(history: list[dict], t) -> list[tuple[str, str]]:
     return [(title, picture) for title, picture in pictures if picture]
 
 
-def _score_pictures(result: dict, t) -> list[tuple[str, str]]:
+def _score_pictures(result: dict) -> list[tuple[str, str]]:
     """(heading, SVG) of each score that has an interval, a line for each model."""
     found = result.get("intervals", {})
     headings = dict.fromkeys(heading for scores in found.values() for heading in scores)
@@ -131,6 +130,8 @@ def _matrix(result: dict, t) -> str:
 def _cost_pictures(record: dict, scored: list[dict], t) -> list[str]:
     """The main score over each cost, a point for each system that has both."""
     main = record["main_metric"]
+    if main not in record["metrics"]:  # no run ended well
+        return []
     pictures = []
     for key, title in (("trainable_parameters", t("trained parameters")), ("seconds", t("seconds of training")),
                        ("peak_memory_mb", t("peak memory (MB)")), ("disk_mb", t("MB on disk")), ("latency", t("seconds for an answer"))):
