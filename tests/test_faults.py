@@ -109,7 +109,7 @@ def test_a_loss_that_leaps_is_noted(capsys):
                               processing_class=SimpleNamespace(decode=lambda ids, **options: "hello"))
     watch = faults.Watch(trainer, "stop")
     for loss in [2.0, 2.1, 1.9] * 8 + [2.4, 9.0]:  # 2.4 is more than usual, but no leap
-        watch.step_loss, watch.seen = loss, [batch]
+        watch.seen, watch.seen_losses = [batch], [torch.tensor(loss)]
         watch.checked(torch.tensor(1.0))
     [event] = watch.events
     assert event["event"].startswith("step 31: the loss leapt to 9.000, from 2.0") and "train row 2 ('hello')" in event["event"]

@@ -128,7 +128,7 @@ def reply(model, tokenizer):
 
 def stub_task(max_length=160):
     return SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=max_length, method_report={},
-                           train=[{"input_ids": [5, 6, 7]}])
+                           steps=None, train=[{"input_ids": [5, 6, 7]}])
 
 
 def closed_formula(variant, kind):

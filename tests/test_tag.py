@@ -220,4 +220,4 @@ def test_class_weights_reach_the_loss(tiny, write_jsonl, tmp_path):
     rows = [{"text": f"{word} order", "label": label} for word, label in (("Where", "a"), ("Yes", "a"), ("Thank", "a"), ("open", "b"))]
     trainers = [run_recipe("full", tiny("bert"), write_jsonl(rows, "rows.jsonl"), tmp_path / weights, "--task", "classify", "--max_steps",
                            "1", "--save_strategy", "no", "--class_weights", weights) for weights in ("none", "balanced")]
-    assert ["weights" in next(iter(trainer.get_train_dataloader())) for trainer in trainers] == [False, True]
+    assert ["weights" in next(iter(trainer.get_train_dataloader()))[0] for trainer in trainers] == [False, True]

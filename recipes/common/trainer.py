@@ -1,6 +1,6 @@
 """The Trainer of all recipes: transformers' own, with an exact and cheap loss for every task, and exact resume for PEFT.
 
-Five things differ, each in one place:
+What differs, each in one place:
 
 - `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
   logits are the largest tensor of a step);
@@ -73,12 +73,12 @@ class RecipeTrainer(Trainer):
         self._loss_shifts_labels = task.loss is losses.next_token
         self.padded = self.positions = 0  # that were run in training, by this process
         self.label_names = ["labels"]
-        self.asked = []
+        self.questions = []
         if shared.eval_generate_rows:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise UserError("--eval_generate_rows needs the whole model on each device, and FSDP or DeepSpeed divides it: leave it out")
-            self.asked = dev_answers.questions(task.dev, task.tokenizer, shared.eval_generate_rows,
-                                               losses.network(model).config.is_encoder_decoder)
+            self.questions = dev_answers.questions(task.dev, task.tokenizer, shared.eval_generate_rows,
+                                                   losses.network(model).config.is_encoder_decoder)
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
@@ -108,9 +108,9 @@ class RecipeTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's, with the scores of answers written to dev rows where --eval_generate_rows asks for them."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.asked and metric_key_prefix == "eval":
+        if self.questions and metric_key_prefix == "eval":
             with self.accelerator.autocast():
-                scores = dev_answers.score(self.accelerator.unwrap_model(self.model), self.task.tokenizer, self.asked,
+                scores = dev_answers.score(self.accelerator.unwrap_model(self.model), self.task.tokenizer, self.questions,
                                            self.shared.eval_generate_tokens, self.shared.eval_generate_seconds,
                                            self.args.process_index, self.args.world_size)
             output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
