@@ -30,7 +30,8 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 # Module of recipes/common -> those that it may import, inside its functions too. Whoever needs a new arrow adds it here, and
 # finds out below whether it closes a circle.
 MAY_IMPORT = {
-    "errors": set(),
+    "processes": set(),
+    "errors": {"processes"},
     "metrics": set(),
     "bottleneck": set(),
     "fast_lora": set(),
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     "formats": {"errors", "shapes"},
     "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
-    "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
+    "args": {"errors", "models", "processes"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "faults", "losses"},
     "prefix_start": set(),
     "head_start": {"models"},

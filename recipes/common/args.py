@@ -15,7 +15,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from recipes.common import errors
+from recipes.common import errors, processes
 from recipes.common.errors import UserError
 
 
@@ -406,7 +406,13 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: start one per GPU with `accelerate launch --config_file "
                         "recipes/accelerate/ddp.yaml scripts/train.py ...`, or choose one with CUDA_VISIBLE_DEVICES=0")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and training.world_size == 1:
-        raise UserError(f"{launched} processes were launched but do not form a group, so each would train alone: "
-                        f"use `torchrun --nproc_per_node {launched} scripts/train.py ... --use_cpu` on a CPU")
+    if training.world_size > 1:
+        return
+    # accelerate launch sets the address for several processes even where it then starts a single one, or several that don't meet.
+    launched = processes.count()
+    if launched > 1 or ("MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ):
+        what = f"{launched} processes were launched that form no group, so each would train alone" if launched > 1 else \
+            "accelerate launch was asked for several processes and started a single one"
+        file = "cpu_processes" if training.device.type == "cpu" else "ddp"
+        raise UserError(f"{what}: use `accelerate launch --config_file recipes/accelerate/{file}.yaml scripts/train.py ...`, or `torchrun "
+                        f"--nproc_per_node {max(2, launched)} scripts/train.py ...`")

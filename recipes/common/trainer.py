@@ -311,6 +311,11 @@ class RecipeTrainer(Trainer):
         if not self._load_trained(self.state.best_model_checkpoint):
             super()._load_best_model()
 
+    def _issue_warnings_after_load(self, load_result):
+        # A tied weight is saved under one of its names, and so missing under the other: no matter for a warning.
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_trained(self, checkpoint) -> bool:
         # A prefix behind a projection is saved by PEFT as the projection's result: right for use, useless to train on.
         if not isinstance(self.model, PeftModel):
