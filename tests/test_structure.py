@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models", "processes"},  # models: only whether the hardware has bf16, once transformers is needed anyway
-    "generation": {"chat", "errors", "faults", "losses"},
+    "generation": {"chat", "errors", "faults", "losses", "processes"},
     "prefix_start": set(),
     "head_start": {"models"},
     "evaluation": set(),
@@ -66,11 +66,12 @@ MAY_IMPORT = {
     "checkpoints": {"errors"},
     "dev_answers": {"chat", "generation", "losses", "metrics"},
     "faults": {"checkpoints", "errors"},
-    "trainer": {"batches", "checkpoints", "dev_answers", "errors", "faults", "losses", "metrics", "regularize"},
+    "trainer": {"batches", "checkpoints", "dev_answers", "errors", "faults", "losses", "metrics", "processes",
+                "regularize"},
     "runs": {"checkpoints", "errors", "model_card", "report"},
     "scratch": {"errors", "models"},
     "tasks": {"args", "batches", "chat", "data", "doctor", "errors", "evaluation", "generation", "head_start", "losses",
-              "metrics", "models", "regularize", "scratch", "trainer"},
+              "metrics", "models", "processes", "regularize", "scratch", "trainer"},
 }
 
 
