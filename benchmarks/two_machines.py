@@ -4,7 +4,7 @@
 
 The machines are two network namespaces with addresses of their own, joined by a virtual cable; their disk is the same, as a cluster's is.
 Both are given the command of README.md for several machines. Once the training has written a checkpoint, everything on the second machine
-is killed and its cable pulled; then the machine comes back and is given the same command. The weights are compared with those of the same
+is killed after its cable was pulled; then the machine comes back and is given the same command. The weights are compared with those of the same
 training undisturbed. Needs root (it makes network namespaces, whose traffic stays in them) and `ip` of iproute2; about two minutes.
 """
 
@@ -21,12 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINES = {"recipes-a": "10.213.7.1", "recipes-b": "10.213.7.2"}
-# README.md's command; the last lines make the run small, and its end comparable.
-COMMAND = ("torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id dialogue --rdzv_endpoint {first}:29400 --max_restarts 3 "
-           "--local_addr {own} scripts/train.py --recipe lora --data data/customer_service --resume_from_checkpoint --save_strategy steps "
-           "--save_steps 10")
-WAIT = 300  # seconds that anything may take
-ROWS = 64
+# README.md's command.
+COMMAND = ("torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id dialogue --rdzv_endpoint {first}:29400 "
+           "--rdzv_conf is_host={host} --local_addr {own} --max_restarts 3 scripts/train.py --recipe lora --data data/customer_service "
+           "--save_strategy steps --save_steps 20 --resume_from_checkpoint")
+WAIT = 120  # seconds that anything may take
 
 
 def ip(*words: str) -> None:
@@ -52,11 +51,11 @@ def plug(name: str, state: str) -> None:
 def down() -> None:
     """Remove what `up` made, and end what still runs there."""
     for name in MACHINES:
-        unplugged(name)
+        kill_all(name)
         subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
 
-def unplugged(name: str) -> None:
+def kill_all(name: str) -> None:
     """Kill every process of a machine."""
     found = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True).stdout.split()
     for pid in map(int, found):
@@ -67,7 +66,7 @@ def unplugged(name: str) -> None:
 
 
 def launch(name: str, folder: Path, run: Path, flags: list[str]) -> subprocess.Popen:
-    words = shlex.split(COMMAND.format(first=next(iter(MACHINES.values())), own=MACHINES[name]))
+    words = shlex.split(COMMAND.format(first=MACHINES["recipes-a"], own=MACHINES[name], host=int(name == "recipes-a")))
     words[:1] = [sys.executable, "-m", "torch.distributed.run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     log = (folder / f"{run.name}-{name}.log").open("a")
@@ -99,8 +98,8 @@ def main() -> None:
         begun = time.monotonic()
         one, other = (launch(name, folder, broken, flags) for name in MACHINES)
         until("a checkpoint", lambda: any(broken.glob("checkpoint-*/manifest.json")), one, other)
-        unplugged(second)
         plug(second, "down")
+        kill_all(second)
         lost = time.monotonic()
         had = sorted(path.name for path in broken.glob("checkpoint-*"))
         print(f"{lost - begun:.0f} s: {second} is lost; there are {', '.join(had)}")

@@ -406,13 +406,18 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: start one per GPU with `accelerate launch --config_file "
                         "recipes/accelerate/ddp.yaml scripts/train.py ...`, or choose one with CUDA_VISIBLE_DEVICES=0")
-    if training.world_size > 1:
-        return
-    # accelerate launch sets the address for several processes even where it then starts a single one, or several that don't meet.
+    check_group(training.world_size, training.device.type)
+
+
+def check_group(world_size: int, device: str) -> None:
+    """Raise `UserError` where several processes were asked for and this one is alone (`world_size` 1): each would train for itself."""
     launched = processes.count()
-    if launched > 1 or ("MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ):
-        what = f"{launched} processes were launched that form no group, so each would train alone" if launched > 1 else \
-            "accelerate launch was asked for several processes and started a single one"
-        file = "cpu_processes" if training.device.type == "cpu" else "ddp"
-        raise UserError(f"{what}: use `accelerate launch --config_file recipes/accelerate/{file}.yaml scripts/train.py ...`, or `torchrun "
-                        f"--nproc_per_node {max(2, launched)} scripts/train.py ...`")
+    # accelerate launch sets the address for several processes even where it then starts a single one.
+    single = "MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if world_size > 1 or not (launched > 1 or single):
+        return
+    what = "accelerate launch was asked for several processes and started a single one"
+    if launched > 1:
+        what = f"{launched} processes were launched that form no group, so each would train alone"
+    raise UserError(f"{what}: use `accelerate launch --config_file recipes/accelerate/{'cpu_processes' if device == 'cpu' else 'ddp'}.yaml "
+                    f"scripts/train.py ...`, or `torchrun --nproc_per_node {max(2, launched)} scripts/train.py ...`")
