@@ -3,9 +3,9 @@
     sudo .venv/bin/python benchmarks/two_machines.py
 
 The machines are two network namespaces with addresses of their own, joined by a virtual cable; their disk is the same, as a cluster's is.
-Both are given the command of README.md for several machines. Once the training has written a checkpoint, everything on the second machine
-is killed after its cable was pulled; then the machine comes back and is given the same command. The weights are compared with those of the same
-training undisturbed. Needs root (it makes network namespaces, whose traffic stays in them) and `ip` of iproute2; about two minutes.
+Both are given the command of README.md for several machines. Once the training has written a checkpoint, the cable of the second machine is
+pulled and everything on it killed; then the machine comes back and is given the same command. The weights are compared with those of the
+same training undisturbed. Needs root (it makes network namespaces, whose traffic stays in them) and `ip` of iproute2; some minutes.
 """
 
 import json
@@ -68,7 +68,8 @@ def kill_all(name: str) -> None:
 def launch(name: str, folder: Path, run: Path, flags: list[str]) -> subprocess.Popen:
     words = shlex.split(COMMAND.format(first=MACHINES["recipes-a"], own=MACHINES[name], host=int(name == "recipes-a")))
     words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable",
+                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     log = (folder / f"{run.name}-{name}.log").open("a")
     return subprocess.Popen(["ip", "netns", "exec", name, *words, "--output_dir", str(run), *flags], cwd=ROOT, stdout=log, stderr=log,
                             env=environment)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import DIALOGUES, ROOT
 from safetensors.torch import load_file
 from test_methods import run_recipe

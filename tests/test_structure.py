@@ -219,6 +219,11 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
         return check_make(words, copies)
     if words[0].endswith("pip") or words[0] in ("cp", "cd", "git", "mkdir", "export", "tensorboard", "source", "."):
         return None
+    if words[0] == "sbatch":  # a job's script hands its flags to train.py
+        job = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        if not (ROOT / words[job]).is_file():
+            return f"there is no job {words[job]}"
+        words = ["python", "scripts/train.py", *words[job + 1:]]
     if words[0] not in ("python", "accelerate", "torchrun", ".venv/bin/python", ".venv/bin/accelerate", ".venv/bin/torchrun"):
         return f"unknown program {words[0]}"
     if "-m" in words[1:2]:
@@ -327,6 +332,8 @@ def test_readme_links_and_paths_exist(readme):
     ("accelerate launch scripts/train.py --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
     ("accelerate launch --config_file recipes/accelerate/cluster.yaml scripts/train.py --recipe lora", "hardware file"),
     ("accelerate launch scripts/train.py --recipe mine.py", "no recipe mine.py"),
+    ("sbatch recipes/slurm/train.sbatch --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
+    ("sbatch --nodes 2 recipes/slurm/other.sbatch --recipe lora", "no job"),
     ("pyton scripts/chat.py", "unknown program"),
 ])
 def test_a_wrong_readme_command_is_found(command, wrong):
