@@ -25,7 +25,12 @@ MACHINES = {"recipes-a": "10.213.7.1", "recipes-b": "10.213.7.2"}
 COMMAND = ("torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id dialogue --rdzv_endpoint {first}:29400 "
            "--rdzv_conf is_host={host} --local_addr {own} --max_restarts 3 scripts/train.py --recipe lora --data data/customer_service "
            "--save_strategy steps --save_steps 20 --resume_from_checkpoint")
-WAIT = 120  # seconds that anything may take
+# The first one, as torch 2.13 otherwise forgets to tell a machine that comes back where the others meet.
+NEEDED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "cable"}
+# A small training; flags on this script's command line take their place.
+SMALL = ("--max_train_samples 32 --max_eval_samples 4 --max_length 96 --num_train_epochs 3 --per_device_train_batch_size 1 "
+         "--eval_strategy no --save_total_limit 9 --disable_tqdm True")
+WAIT = 600  # seconds that anything may take
 
 
 def ip(*words: str) -> None:
@@ -68,8 +73,7 @@ def kill_all(name: str) -> None:
 def launch(name: str, folder: Path, run: Path, flags: list[str]) -> subprocess.Popen:
     words = shlex.split(COMMAND.format(first=MACHINES["recipes-a"], own=MACHINES[name], host=int(name == "recipes-a")))
     words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable",
-                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | NEEDED | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     log = (folder / f"{run.name}-{name}.log").open("a")
     return subprocess.Popen(["ip", "netns", "exec", name, *words, "--output_dir", str(run), *flags], cwd=ROOT, stdout=log, stderr=log,
                             env=environment)
@@ -87,7 +91,7 @@ def until(what: str, happened, *processes: subprocess.Popen) -> None:
 def main() -> None:
     if os.geteuid() or not shutil.which("ip"):
         sys.exit("error: network namespaces need root and the command `ip` (iproute2): use sudo")
-    flags = sys.argv[1:]
+    flags = sys.argv[1:] or shlex.split(SMALL)
     folder = Path(tempfile.mkdtemp(prefix="two-machines-"))
     print(f"logs and runs in {folder}")
     first, second = MACHINES

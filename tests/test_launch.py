@@ -2,8 +2,10 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -117,3 +119,21 @@ def test_a_lost_process_is_no_bug(monkeypatch):
     assert not processes.lost(error)  # alone, there is none to lose
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert processes.lost(error) and not processes.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+# Two machines
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_two_machines_are_given_the_command_of_the_readme(readme):
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/two_machines.py"))
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for host, own in ((1, "10.0.0.1"), (0, "10.0.0.2")):
+        command = benchmark["COMMAND"].format(first="10.0.0.1", own=own, host=host)
+        assert f"\n{command} --output_dir runs/machines\n" in text
+    assert all(f" {name}=" in text for name in benchmark["NEEDED"])
+
+
+def test_two_machines_need_root():
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/two_machines.py")], capture_output=True, text=True, env={"PATH": ""})
+    assert done.returncode == 1 and done.stderr.startswith("error: network namespaces need root")

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import DIALOGUES, ROOT
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from test_methods import run_recipe
 
 from recipes.common import processes
+from recipes.common.errors import UserError
 
 RECIPES = ("full", "lora", "prefix", "adapter", "adalora")
 FLAGS = ("--num_train_epochs", "2", "--logging_steps", "1", "--save_strategy", "epoch", "--eval_strategy", "epoch",
@@ -83,27 +86,48 @@ def test_a_signal_to_one_process_ends_both_and_they_go_on(two):
 def test_only_the_first_process_prints_and_an_error_is_shown_once(two):
     folder, printed, status = two
     assert status == 1, printed
-    assert len(re.findall(r"train: 12 of 12 dialogues", printed)) == len(RECIPES) + 2
+    assert len(re.findall(r"train: 12 of 12 dialogues", printed)) == len(RECIPES) + 3
+    assert "missing keys" not in printed
     assert printed.count("stopped after step 3 of 6") == 1
     assert len(re.findall(r"Replies of lora.*100%", printed)) == 1
     assert printed.count(f"error: --data {folder}/nothing: no such file or folder") == 1, printed
     assert "Traceback" not in printed[: printed.index("error: --data")]
 
 
-def test_evaluation_is_divided_and_merged(one, two):
-    run = {}
-    for path in (one / "lora", two[0] / "scored"):
-        if path.parent == one:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["scripts/evaluate.py", "--run", str(path), "--dtype", "float32", "--max_new_tokens", "8"])
-                import runpy
-                runpy.run_path(str(ROOT / "scripts/evaluate.py"))["main"]()
-        run[path.parent == one] = [json.loads((path / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]["table"],
-                                   (path / "predictions-test.jsonl").read_text(encoding="utf-8")]
-    (table, replies), (other_table, other_replies) = run[True], run[False]
-    assert replies == other_replies and len(replies.splitlines()) == 5
-    for row, other in zip(table, other_table, strict=True):
+def test_evaluation_is_divided_and_merged(one, two, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "--run", str(one / "lora"), "--dtype", "float32", "--max_new_tokens", "8"])
+    runpy.run_path(str(ROOT / "scripts/evaluate.py"))["main"]()
+    alone, together = one / "lora", two[0] / "scored"
+    lines = (together / "predictions-test.jsonl").read_text(encoding="utf-8")
+    assert lines == (alone / "predictions-test.jsonl").read_text(encoding="utf-8") and len(lines.splitlines()) == 5
+    losses = [json.loads((run / "losses-test.json").read_text(encoding="utf-8"))["lora"] for run in (alone, together)]
+    assert losses[0].keys() == losses[1].keys() == {"0", "1", "2"}
+    assert all(losses[0][row] == pytest.approx(losses[1][row], abs=1e-4) for row in losses[0])
+    tables = [json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]["table"] for run in (alone, together)]
+    for row, other in zip(*tables, strict=True):
         assert row["values"] == pytest.approx(other["values"], abs=1e-4) and row["count"] == other["count"]
+
+
+def test_latency_is_no_matter_for_several(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "--run", "runs/none", "--latency", "4"])
+    with pytest.raises(UserError, match="--latency 4 needs the machine for itself"):
+        runpy.run_path(str(ROOT / "scripts/evaluate.py"))["main"]()
+
+
+def test_a_tied_weight_is_not_missed_and_another_is(tiny, data, tmp_path, monkeypatch):
+    trainer, told = run_recipe("full", tiny("llama"), data, tmp_path / "run", "--max_steps", "1"), []
+    monkeypatch.setattr("transformers.trainer.logger.warning", told.append)
+    for missing in (["lm_head.weight"], ["lm_head.weight", "model.norm.weight"]):
+        trainer._issue_warnings_after_load(SimpleNamespace(missing_keys=missing, unexpected_keys=[]))
+    assert told == ["There were missing keys in the checkpoint model loaded: ['model.norm.weight']."]
+
+
+def test_repeated_rows_are_told(two):
+    # 12 rows fill three steps of 4; see the events of a run whose batches of 10 they don't fill
+    events = json.loads((two[0] / "uneven" / "run.json").read_text(encoding="utf-8"))["events"]
+    assert [event["event"][:43] for event in events] == ["each epoch ends with 8 rows that it began w"]
+    assert "events" not in json.loads((two[0] / "lora" / "run.json").read_text(encoding="utf-8"))
 
 
 def whole(shares: list[range], items: int) -> bool:

@@ -32,6 +32,7 @@ def main(job: dict):
     runpy.run_path(sys.argv[0])["main"]()
     for recipe in job["recipes"]:
         run_recipe(recipe, model, data, folder / recipe, *job["flags"])
+    run_recipe("lora", model, data, folder / "uneven", "--max_steps", "1", "--per_device_train_batch_size", "5")
     try:
         run_recipe("lora", model, data, folder / "stopped", *job["flags"], trainer_class=Signalled)
     except SystemExit as end:
