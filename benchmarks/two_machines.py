@@ -113,6 +113,8 @@ def main() -> None:
         other = launch(second, folder, broken, flags)
         until("the end of the disturbed training", lambda: one.poll() is not None and other.poll() is not None)
         print(f"{time.monotonic() - begun:.0f} s: ended with {one.returncode} and {other.returncode}")
+        if one.returncode or other.returncode:
+            sys.exit(f"error: the disturbed training failed; its logs in {folder} say why")
         compare(whole, broken)
     finally:
         down()
