@@ -7,6 +7,10 @@ A chat run answers each assistant turn given its true history: loss and perplexi
 corpus BLEU, ROUGE-1/2/L, chrF (0-100) and distinct-1/2 (0-1), per language and in all. The other tasks have their own scores
 (README.md). Results go into the run's run.json and report.html, the answers beside the right ones into predictions-SPLIT.jsonl, the loss
 of each row into losses-SPLIT.json.
+
+    accelerate launch --config_file recipes/accelerate/cpu_processes.yaml scripts/evaluate.py --run runs/lora-gpt2 --base
+
+divides the rows among processes, each on a GPU of its own or all on the CPU.
 """
 
 import argparse
@@ -21,7 +25,7 @@ from pathlib import Path
 # Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from recipes.common import args, errors
+from recipes.common import args, errors, processes
 from recipes.common.errors import UserError
 
 # Flags that say what a model is asked.
@@ -33,6 +37,7 @@ def main():
     options = parse()
     from recipes.common import comparison, evaluation, models, runs, tasks
 
+    processes.meet()
     run, *others = map(Path, options.run)
     record = models.read_record(run)
     if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
@@ -61,6 +66,8 @@ def main():
     if options.latency:
         candidates = {name: partial(timed, name, load, task, rows, record, options, latency) for name, load in candidates.items()}
     scores = kind.evaluate(candidates, task, rows, record, options)
+    if processes.rank():
+        return
     scores["source"] = source
     # The accuracy of these counts rows that are turned away, and their F1 takes a set of labels for one.
     other_scale = {"f1_macro"} if tasks.flags(record).multi_label else set()
@@ -175,6 +182,8 @@ def parse(argv=None):
                         help="also time N answers one at a time, and show the median (default: 0, none)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
     options = parser.parse_args(argv)
+    if options.latency and processes.count() > 1:
+        raise UserError(f"--latency {options.latency} needs the machine for itself, and {processes.count()} processes share it: use one")
     if options.num_beams > 1 and len(options.run) > 1:
         parser.error("--num_beams: several runs write together greedily; leave it out")
     return options

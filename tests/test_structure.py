@@ -30,7 +30,8 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 # Module of recipes/common -> those that it may import, inside its functions too. Whoever needs a new arrow adds it here, and
 # finds out below whether it closes a circle.
 MAY_IMPORT = {
-    "errors": set(),
+    "processes": set(),
+    "errors": {"processes"},
     "metrics": set(),
     "bottleneck": set(),
     "fast_lora": set(),
@@ -53,8 +54,8 @@ MAY_IMPORT = {
     "formats": {"errors", "shapes"},
     "data": {"errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
-    "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
-    "generation": {"chat", "errors", "faults", "losses"},
+    "args": {"errors", "models", "processes"},  # models: only whether the hardware has bf16, once transformers is needed anyway
+    "generation": {"chat", "errors", "faults", "losses", "processes"},
     "prefix_start": set(),
     "head_start": {"models"},
     "evaluation": set(),
@@ -65,11 +66,12 @@ MAY_IMPORT = {
     "checkpoints": {"errors"},
     "dev_answers": {"chat", "generation", "losses", "metrics"},
     "faults": {"checkpoints", "errors"},
-    "trainer": {"batches", "checkpoints", "dev_answers", "errors", "faults", "losses", "metrics", "regularize"},
+    "trainer": {"batches", "checkpoints", "dev_answers", "errors", "faults", "losses", "metrics", "processes",
+                "regularize"},
     "runs": {"checkpoints", "errors", "model_card", "report"},
     "scratch": {"errors", "models"},
     "tasks": {"args", "batches", "chat", "data", "doctor", "errors", "evaluation", "generation", "head_start", "losses",
-              "metrics", "models", "regularize", "scratch", "trainer"},
+              "metrics", "models", "processes", "regularize", "scratch", "trainer"},
 }
 
 
@@ -217,6 +219,11 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
         return check_make(words, copies)
     if words[0].endswith("pip") or words[0] in ("cp", "cd", "git", "mkdir", "export", "tensorboard", "source", "."):
         return None
+    if words[0] == "sbatch":  # a job's script hands its flags to train.py
+        job = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        if not (ROOT / words[job]).is_file():
+            return f"there is no job {words[job]}"
+        words = ["python", "scripts/train.py", *words[job + 1:]]
     if words[0] not in ("python", "accelerate", "torchrun", ".venv/bin/python", ".venv/bin/accelerate", ".venv/bin/torchrun"):
         return f"unknown program {words[0]}"
     if "-m" in words[1:2]:
@@ -325,6 +332,8 @@ def test_readme_links_and_paths_exist(readme):
     ("accelerate launch scripts/train.py --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
     ("accelerate launch --config_file recipes/accelerate/cluster.yaml scripts/train.py --recipe lora", "hardware file"),
     ("accelerate launch scripts/train.py --recipe mine.py", "no recipe mine.py"),
+    ("sbatch recipes/slurm/train.sbatch --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
+    ("sbatch --nodes 2 recipes/slurm/other.sbatch --recipe lora", "no job"),
     ("pyton scripts/chat.py", "unknown program"),
 ])
 def test_a_wrong_readme_command_is_found(command, wrong):

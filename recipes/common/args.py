@@ -15,7 +15,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from recipes.common import errors
+from recipes.common import errors, processes
 from recipes.common.errors import UserError
 
 
@@ -406,7 +406,18 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: start one per GPU with `accelerate launch --config_file "
                         "recipes/accelerate/ddp.yaml scripts/train.py ...`, or choose one with CUDA_VISIBLE_DEVICES=0")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and training.world_size == 1:
-        raise UserError(f"{launched} processes were launched but do not form a group, so each would train alone: "
-                        f"use `torchrun --nproc_per_node {launched} scripts/train.py ... --use_cpu` on a CPU")
+    check_group(training.world_size, training.device.type)
+
+
+def check_group(world_size: int, device: str) -> None:
+    """Raise `UserError` where several processes were asked for and this one is alone (`world_size` 1): each would train for itself."""
+    launched = processes.count()
+    # accelerate launch sets the address for several processes even where it then starts a single one.
+    single = "MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if world_size > 1 or not (launched > 1 or single):
+        return
+    what = "accelerate launch was asked for several processes and started a single one"
+    if launched > 1:
+        what = f"{launched} processes were launched that form no group, so each would train alone"
+    raise UserError(f"{what}: use `accelerate launch --config_file recipes/accelerate/{'cpu_processes' if device == 'cpu' else 'ddp'}.yaml "
+                    f"scripts/train.py ...`, or `torchrun --nproc_per_node {max(2, launched)} scripts/train.py ...`")

@@ -1,6 +1,9 @@
-"""A user's mistake is told in one sentence, never as a traceback."""
+"""A user's mistake is told in one sentence, never as a traceback; several processes that meet the same error show it once."""
 
 import sys
+import traceback
+
+from recipes.common import processes
 
 
 class UserError(Exception):
@@ -13,10 +16,20 @@ def install() -> None:
 
     def hook(kind, value, trace):
         if issubclass(kind, UserError):
-            print(f"error: {value}", file=sys.stderr)
+            text = f"error: {value}"
         elif issubclass(kind, KeyboardInterrupt):
-            print("\ninterrupted (a training goes on from its last checkpoint with --resume_from_checkpoint)", file=sys.stderr)
+            text = "\ninterrupted (a training goes on from its last checkpoint with --resume_from_checkpoint)"
+        elif processes.lost(value):
+            text = ("error: another process of this run ended or can't be reached; if it met an error, that is shown too "
+                    "(a training goes on from its last checkpoint with --resume_from_checkpoint)")
         else:
+            text = None
+        if not processes.first_to_tell(text or "".join(traceback.format_exception(kind, value, trace))):
+            return
+        if text is None:
             previous(kind, value, trace)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
+    processes.quiet()
     sys.excepthook = hook

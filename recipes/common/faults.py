@@ -84,6 +84,8 @@ class Watch(TrainerCallback, ExportableState):
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(process, number)
             self.signal = number
+            if self.trainer.args.process_index:  # where rank 0 alone got no signal, it says at least that the run stopped
+                return
             # print() could be what was interrupted
             os.write(2, f"\n{signal.Signals(number).name}: finishing the step and writing a checkpoint; once more ends at once\n".encode())
 

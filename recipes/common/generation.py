@@ -12,7 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
-from recipes.common import chat, faults, losses
+from recipes.common import chat, faults, losses, processes
 from recipes.common.errors import UserError
 
 
@@ -44,7 +44,7 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
     if num_beams > 1:
         return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
     texts, cut = [""] * len(prompts), 0
-    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description) as bar:
+    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description or processes.rank() > 0) as bar:
         for group in _batches(_chains(prompts), batch_size):
             for i, tokens in _halving(lambda part: _generate(model, tokenizer, prompts, part, max_new_tokens), group).items():
                 texts[i], unended = _text(tokens, model, tokenizer)
@@ -60,7 +60,7 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
     and with beams."""
     model, *others = losses.members(model)
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description) as bar:
+    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description or processes.rank() > 0) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
@@ -79,7 +79,7 @@ def _together(ensemble, tokenizer, prompts, max_new_tokens: int, batch_size: int
     """`replies` of several models at once: each token is the likeliest by the mean of their next-token probabilities."""
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     ends = torch.tensor(ensemble.members[0].generation_config.eos_token_id, device=ensemble.device)
-    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description) as bar:
+    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description or processes.rank() > 0) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = (tensor.to(ensemble.device) for tensor in left_pad([prompts[i] for i in part], tokenizer.pad_token_id))

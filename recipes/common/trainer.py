@@ -31,7 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from recipes.common import batches, checkpoints, dev_answers, faults, losses, regularize
+from recipes.common import batches, checkpoints, dev_answers, faults, losses, processes, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -86,6 +86,7 @@ class RecipeTrainer(Trainer):
             self.allowed = checkpoints.check_unchanged(Path(checkpoint), self._asked(), self.shared.allow_changed)
         for sentence in checkpoints.changed_since(Path(self.shared.repeats), self._asked()) if self.shared.repeats else ():
             self.watch.tell(sentence)
+        self._say_what_is_repeated()
         with self.watch.signals():
             result = super().train(*args, **kwargs)
         padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
@@ -93,6 +94,14 @@ class RecipeTrainer(Trainer):
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
+
+    def _say_what_is_repeated(self):
+        # Processes need equally many rows in an epoch's last step: Accelerate completes it with the epoch's first ones.
+        a_step = self.args.train_batch_size * self.args.world_size
+        missing = -len(self.train_dataset) % a_step
+        if self.args.world_size > 1 and missing and not (self.args.dataloader_drop_last or self.shared.tokens_per_step):
+            self.watch.tell(f"each epoch ends with {missing} rows that it began with, as {len(self.train_dataset)} rows don't fill batches "
+                            f"of {a_step}; --tokens_per_step repeats none")
 
     def measure_before(self) -> None:
         """Score the old rows with the weights that training starts from, or find these scores in the log of the run that is resumed."""
@@ -311,6 +320,11 @@ class RecipeTrainer(Trainer):
         if not self._load_trained(self.state.best_model_checkpoint):
             super()._load_best_model()
 
+    def _issue_warnings_after_load(self, load_result):
+        # A tied weight is saved under one of its names, and so missing under the other: no matter for a warning.
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_trained(self, checkpoint) -> bool:
         # A prefix behind a projection is saved by PEFT as the projection's result: right for use, useless to train on.
         if not isinstance(self.model, PeftModel):
@@ -431,9 +445,11 @@ def choose_attention(model, length: int) -> None:
 def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int = 2048) -> list[tuple[np.ndarray, ...]]:
     """What `prediction_step` gives for each of `rows`, in their order and without gradients: (sums (2,), the task's own outputs ...).
 
-    `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded.
+    `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded. Of several
+    processes, each takes a share, and all get the whole.
     """
-    order, out, batch = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), [()] * len(rows), []
+    own = processes.share(len(rows))
+    order, out, batch = sorted(own, key=lambda i: len(rows[i]["input_ids"])), {}, []
 
     def run(piece):
         passes = []
@@ -460,7 +476,7 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
         for j, *values in zip(batch, *columns, strict=True):
             out[j] = tuple(values)
         batch = []
-    return out
+    return processes.joined([out[i] for i in own])
 
 
 def mean_loss(sums: np.ndarray) -> dict[str, float]:

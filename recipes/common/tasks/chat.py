@@ -10,7 +10,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from recipes.common import chat, data, evaluation, generation, losses, metrics, models
+from recipes.common import chat, data, evaluation, generation, losses, metrics, models, processes
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task
 from recipes.common.trainer import dataset_outputs, mean_loss
@@ -156,7 +156,8 @@ def _answer(name, model, task, rows, features, options) -> dict:
     limit = generation.limit(model, task.max_length, options.max_new_tokens)
     prompts = generation.prompts_for(rows, task.tokenizer, limit)
     fitting = [p for _, _, p in prompts if p is not None]
-    texts, cut = generation.replies(model, task.tokenizer, fitting, options.max_new_tokens, options.batch_size, f"Replies of {name}")
+    texts, cut = processes.divided(lambda own: generation.replies(model, task.tokenizer, own, options.max_new_tokens, options.batch_size,
+                                                                  f"Replies of {name}"), fitting)
     texts = iter(texts)
     return {"sums": sums, "cut": cut, "limit": limit, "too_long": len(prompts) - len(fitting),
             "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}

@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from recipes.common import chat, data, evaluation, generation, losses, metrics, models, scratch
+from recipes.common import chat, data, evaluation, generation, losses, metrics, models, processes, scratch
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task
@@ -435,7 +435,8 @@ def write_on(name: str, model, task: Task, texts: list[str], options) -> tuple[l
     ids = [tokens for _, tokens, _, _ in _tokenized(texts, "samples", task.tokenizer)]
     halves = [min(limit, (len(tokens) + 1) // 2) for tokens in ids]
     prompts = [[end if begin is None else begin, *tokens[:half]] for tokens, half in zip(ids, halves, strict=True)]
-    written, _ = generation.replies(model, task.tokenizer, prompts, new, options.batch_size, f"Texts of {name}")
+    written, _ = processes.divided(lambda own: generation.replies(model, task.tokenizer, own, new, options.batch_size,
+                                                                  f"Texts of {name}"), prompts)
     decode = partial(task.tokenizer.decode, skip_special_tokens=True)
     return ([decode(tokens[:half]) for tokens, half in zip(ids, halves, strict=True)],
             [decode(tokens[half: half + new]) for tokens, half in zip(ids, halves, strict=True)], written)

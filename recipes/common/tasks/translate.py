@@ -15,7 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from recipes.common import chat, data, evaluation, generation, losses, metrics, models
+from recipes.common import chat, data, evaluation, generation, losses, metrics, models, processes
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task
@@ -192,8 +192,8 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
         fitting = [ids for ids in prompts if ids is not None]
         if len(fitting) < len(rows):
             print(f"note: {len(rows) - len(fitting)} sources exceed the {limit} tokens that --max_length leaves; their targets are empty")
-        texts, cut = generation.replies(model, task.tokenizer, fitting, options.max_new_tokens, options.batch_size, f"Targets of {name}",
-                                        options.num_beams)
+        texts, cut = processes.divided(lambda own: generation.replies(
+            model, task.tokenizer, own, options.max_new_tokens, options.batch_size, f"Targets of {name}", options.num_beams), fitting)
         texts = iter(texts)
         return [next(texts) if ids is not None else "" for ids in prompts], cut
     if generation.room(model, options.max_new_tokens) < 0:
@@ -203,5 +203,6 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
                              strict=True)
     if any(shortened):
         print(f"note: {name} reads {sum(shortened)} sources without their end, as they exceed --max_length {task.max_length}")
-    return generation.write(model, task.tokenizer, sources, generation.right_pad, options.max_new_tokens, options.batch_size,
-                            options.num_beams, f"Targets of {name}")
+    return processes.divided(lambda own: generation.write(
+        model, task.tokenizer, own, generation.right_pad, options.max_new_tokens, options.batch_size, options.num_beams,
+        f"Targets of {name}"), sources)

@@ -1,0 +1,94 @@
+"""Several processes that train or score together, as a launcher (torchrun, accelerate launch, srun) starts them.
+
+Only the first one, rank 0, prints. An error is shown once, whichever ranks it meets. A launcher says who a process is in environment
+variables (docs.pytorch.org/docs/stable/elastic/run.html), so all of this is known before torch is imported.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+PATIENCE = 5  # seconds
+LOST = re.compile(r"gloo|NCCL|Connection (?:closed|reset)|Socket Timeout|Broken pipe", re.I)
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """How many processes were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def quiet() -> None:
+    """Let no rank but the first one print, warn, or show a progress bar; what it writes to stderr itself still appears."""
+    if rank() == 0:
+        return
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # stays open as long as the process
+    warnings.simplefilter("ignore")
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+
+def first_to_tell(sentence: str) -> bool:
+    """Whether no other rank has told this yet, in this life of the group.
+
+    Without torchrun (or accelerate launch, which uses it) the ranks can't ask each other: then rank 0 tells at once, and the others after
+    some seconds, in which the launcher ends them if rank 0 failed too (srun --kill-on-bad-exit).
+    """
+    if count() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        time.sleep(PATIENCE if rank() else 0)
+        return True
+    if count() == 1:
+        return True
+    from torch.distributed import TCPStore
+
+    name = f"told/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{hashlib.sha256(sentence.encode()).hexdigest()}"
+    try:  # the launcher's own store, which outlives every rank
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
+        return store.add(name, 1) == 1
+    except RuntimeError:
+        return True
+
+
+def lost(error: BaseException) -> bool:
+    """Whether `error` only says that another process of the group is gone."""
+    return count() > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def meet() -> None:
+    """Form the group of the ranks of a script that does no training, each on a GPU of its own where there are several."""
+    if count() == 1:
+        return
+    import torch
+
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # what is exchanged are Python objects; nobody waits in vain
+    if torch.accelerator.device_count() > 1:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+
+
+def share(items: int) -> range:
+    """Which of so many items are this rank's: neighbours stay together, as the turns of a dialogue are cheaper together."""
+    return range(items * rank() // count(), items * (rank() + 1) // count())
+
+
+def joined(own: list) -> list:
+    """What all ranks have for their shares, in the order of the items, each once, on every rank."""
+    if count() == 1:
+        return own
+    from torch import distributed
+
+    parts = [None] * count()
+    distributed.all_gather_object(parts, own)
+    return [result for part in parts for result in part]
+
+
+def divided(write, items: list) -> tuple[list[str], int]:
+    """`write(items)`, which gives a text for each item and a count, with the items divided among the ranks. All get the whole."""
+    texts, counted = write([items[i] for i in share(len(items))])
+    return joined(texts), sum(joined([counted]))
