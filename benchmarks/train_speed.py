@@ -102,7 +102,7 @@ def run(options) -> dict:
     set_seed(0)
     shared = args.SharedArguments(task=options.task, max_length=1024)
     kind = tasks.module(options.task)
-    rows = data.read(Path(options.data), kind.check(shared)).rows
+    rows = list(data.read(Path(options.data), kind.check(shared)).rows)
     random.Random(0).shuffle(rows)
     source = models.resolve(options.model)
     task = kind.make(shared, source, models.load_tokenizer(source), kind.facts(rows, shared))

@@ -43,7 +43,9 @@ MAY_IMPORT = {
     "chat": {"errors"},
     "shapes": set(),
     "formats": {"errors", "shapes"},
-    "data": {"errors", "formats", "shapes"},
+    "disk": {"errors"},
+    "encoding": {"disk", "errors"},
+    "data": {"disk", "errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},
@@ -54,7 +56,8 @@ MAY_IMPORT = {
     "regularize": {"errors", "losses"},
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"args", "errors", "chat", "data", "evaluation", "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "disk", "encoding", "evaluation",
+              "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 
 

@@ -49,6 +49,7 @@ class SharedArguments:
     on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
     max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)", at_least=1)
     max_eval_samples: int = option(None, "evaluate on the first N dev rows only", at_least=1)
+    preprocessing_num_workers: int = option(None, "processes that tokenize (default: one a CPU core)", at_least=1)
     early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never", at_least=0)
 
     label: str = option("label", "the column to predict; of dialogues, the key of the turns (intent, sentiment)", task="classify")

@@ -6,6 +6,7 @@ exactly the prompt that the model will see when it has to answer, and the turn m
 which this can't be proved is refused. The tokenizer is handed in; nothing here reads files or knows a model.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -163,16 +164,16 @@ def _encode_whole(messages: list[dict], tokenizer) -> Encoded:
     text, turns = spans(messages, tokenizer)
     train = [m.get("train") is not False for m in messages if m["role"] == "assistant"]
     ids, offsets = _tokens(text, tokenizer)
-    labels, wanted = [IGNORE] * len(ids), [span for span, kept in zip(turns, train, strict=True) if kept]
-    at = 0
-    for t, (start, end) in enumerate(offsets):
-        while at < len(wanted) and start >= wanted[at][1]:
-            at += 1
+    labels = [IGNORE] * len(ids)
+    for (start, end), kept in zip(turns, train, strict=True):
         # A token belongs to the answer if it starts there: one that straddles the border before it (a blank) is the prompt's, and
         # an end of turn that swallows the line break after it (Phi-3's has rstrip) is still the answer's. Tokenizers that trim
-        # offsets (Pythia, OLMo) give a token of blanks start == end, its own end: hence the second condition.
-        if at < len(wanted) and wanted[at][0] <= start < wanted[at][1] and wanted[at][0] < end:
-            labels[t] = ids[t]
+        # offsets (Pythia, OLMo) give a token of blanks start == end, its own end: hence the while.
+        first, after = bisect_left(offsets, (start, 0)), bisect_left(offsets, (end, 0))
+        while first < after and offsets[first][1] <= start:
+            first += 1
+        if kept:
+            labels[first:after] = ids[first:after]
     return Encoded(ids, labels)
 
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.common import formats, shapes
+import numpy as np
+
+from recipes.common import disk, formats, shapes
 from recipes.common.errors import UserError
 from recipes.common.formats import File, Record
 from recipes.common.shapes import check_classify, check_dialogue, check_pretrain, check_tag, check_translate, short  # noqa: F401
@@ -31,7 +34,7 @@ Check = Callable[[dict], str | None]
 class Rows:
     """The rows of one split and where they came from."""
 
-    rows: list[dict]
+    rows: disk.Stored
     source: str
     sha256: str  # of the file's bytes; of several sources, of their hashes
     skipped: list[str] = field(default_factory=list)  # one sentence for each row left out by on_bad_row="skip"
@@ -73,15 +76,20 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
 def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
     """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
     file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
-    rows, skipped, context, chat = [], [], 0, _takes_dialogues(check)
-    for record in records(file, check, columns):
-        if record.wrong is None:
-            rows.append(record.row)
-            context += shapes.context_turns(record.row) if chat else 0
-        elif on_bad_row == "skip":
-            skipped.append(f"{record.where}: {record.wrong}")
-        else:
-            raise UserError(f"{file.name}, {record.where}: {record.wrong} (--on_bad_row skip leaves such rows out and lists them)")
+    skipped, context, chat = [], 0, _takes_dialogues(check)
+
+    def good() -> Iterator[dict]:
+        nonlocal context
+        for record in records(file, check, columns):
+            if record.wrong is None:
+                context += shapes.context_turns(record.row) if chat else 0
+                yield record.row
+            elif on_bad_row == "skip":
+                skipped.append(f"{record.where}: {record.wrong}")
+            else:
+                raise UserError(f"{file.name}, {record.where}: {record.wrong} (--on_bad_row skip leaves such rows out and lists them)")
+
+    rows = disk.store(good())
     if not rows:
         raise UserError(f"{file.name} holds no {'usable ' if skipped else ''}row: data/README.md says what a file may hold")
     notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
@@ -90,25 +98,33 @@ def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str
 
 
 def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
-         columns: str | None = None) -> dict[str, Rows]:
+         columns: str | None = None, files: list[dict[str, File]] | None = None) -> dict[str, Rows]:
     """Read the sources `data` into {"train": ..., "dev": ..., maybe "test": ...}. Raises `UserError`.
 
     A source is a file (train), a folder with train/dev/test files or a Hub data set, each maybe with a weight (`_mix`). Of the train
     rows of sources without a dev file, a share `dev_fraction`, drawn with `seed`, becomes dev. That happens before any row is repeated
-    for its weight, and a row is a whole dialogue, so no dialogue ever stands on both sides.
+    for its weight, and a row is a whole dialogue, so no dialogue ever stands on both sides. `files`: of each source, if `identify` has
+    found them already.
     """
     asked = sources(data)
-    parts = []
-    for source in asked:
-        files = find(source.name)
-        if "train" not in files:
-            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
-        parts.append({split: read(file, check, on_bad_row, columns) for split, file in files.items()})
+    parts = [{split: read(file, check, on_bad_row, columns) for split, file in found.items()} for found in files or identify(data, columns)]
     _hold_out(parts, dev_fraction, seed)
     splits = {split: _join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
     if asked[0].weight is not None:
         _mix(splits["train"], [part["train"] for part in parts], [source.weight for source in asked], seed)
     return splits
+
+
+def identify(data: str | list[str], columns: str | None = None) -> list[dict[str, File]]:
+    """The files of each source by split, all their bytes looked at. Raises `UserError` for one that can't be read or trained on."""
+    identified = []
+    for source in sources(data):
+        found = find(source.name)
+        if "train" not in found:
+            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
+        identified.append({split: file if isinstance(file, File) else formats.identify(file, parse_columns(columns))
+                           for split, file in found.items()})
+    return identified
 
 
 def load_split(data: str | list[str], split: str, check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
@@ -215,23 +231,24 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
     if size < 2 and without == parts:
         raise UserError(f"{parts[0]['train'].source} has one row: training needs at least two, as one is held out as dev")
     held_out = min(max(1, round(size * dev_fraction)), size - 1)
-    chosen = set(random.Random(seed).sample(range(size), held_out))
+    chosen = np.zeros(size, dtype=bool)
+    chosen[random.Random(seed).sample(range(size), held_out)] = True
     start = 0
     for part in without:
         train = part["train"]
-        taken = [start + i in chosen for i in range(len(train.rows))]
+        taken = chosen[start: start + len(train.rows)]
         start += len(taken)
-        if any(taken):
-            part["dev"] = Rows([row for row, out in zip(train.rows, taken, strict=True) if out],
-                               f"{train.source} ({sum(taken)} rows held out, seed {seed})", train.sha256)
-        train.rows = [row for row, out in zip(train.rows, taken, strict=True) if not out]
+        if taken.any():
+            part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), f"{train.source} ({taken.sum()} rows held out, seed {seed})",
+                               train.sha256)
+        train.rows = train.rows.take(np.flatnonzero(~taken))
 
 
 def _join(parts: list[Rows]) -> Rows:
     """The rows of several sources, one source after the other."""
     if len(parts) == 1:
         return Rows(parts[0].rows, parts[0].source, parts[0].sha256, parts[0].skipped, [*parts[0].notes])
-    return Rows([row for part in parts for row in part.rows], " + ".join(part.source for part in parts),
+    return Rows(functools.reduce(operator.add, (part.rows for part in parts)), " + ".join(part.source for part in parts),
                 hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest(),
                 [f"{part.source}, {sentence}" for part in parts for sentence in part.skipped],
                 [sentence for part in parts for sentence in part.notes])
@@ -248,18 +265,21 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
     counts = [math.floor(share) for share in exact]
     for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
         counts[i] += 1
-    train.rows = []
+    indices, start = [], 0  # of the rows of all parts, one part after the other
     for part, weight, count in zip(parts, weights, counts, strict=True):
         size = len(part.rows)
         if not size or not count:
             raise UserError(f"{part.source} with weight {weight:g} would give no train row: "
                             f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
         rounds, rest = divmod(count, size)
-        train.rows += part.rows * rounds + generator.sample(part.rows, rest)
+        own = range(start, start + size)
+        indices += [*own] * rounds + generator.sample(own, rest)
+        start += size
         effect = f"{size - count} rows are left out" if count < size else f"{count - size} are repeats" if count > size else "each row once"
         train.notes.append(f"{part.source} with weight {weight:g} gives {count} of the {total} train rows, {count / total:.1%}; "
                            f"it has {size}, so {effect}")
-    generator.shuffle(train.rows)
+    generator.shuffle(indices)
+    train.rows = train.rows.take(indices)
 
 
 @functools.cache

@@ -17,12 +17,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 
-from recipes.common import args, data, losses, models, regularize
+from recipes.common import args, data, disk, losses, models, regularize
 from recipes.common.errors import UserError
+
+# Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
+NOT_OF_ROWS = {"model", "fallback_model", "start_from", "preprocessing_num_workers", "early_stopping_patience", "layer_lr_decay",
+               "model_dropout", "adversarial", "adversarial_epsilon", "r_drop"}
 
 
 @dataclass
@@ -72,74 +77,125 @@ def module(name: str):
 
 
 def load(shared, training) -> Task:
-    """Read and tokenize the rows of `shared.task` for the model `shared.model`; prints what was read. Raises `UserError`."""
-    kind = module(shared.task)
-    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
-    for split in splits.values():
-        split.rows = kind.rows(split.rows, shared)
-    old, replayed = _old_rows(kind, shared, splits["train"], training.seed)
-    facts = kind.facts(splits["train"].rows, shared)
-    if shared.start_from:
-        run = Path(shared.start_from)
-        record = models.read_record(run, "--start_from")
-        source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
-        facts = _facts_of_run(record, shared, facts)
-    else:
-        source = models.resolve(shared.model, shared.fallback_model)
-        tokenizer = models.load_tokenizer(source)
-    task = _make(kind, shared, source, tokenizer, facts)
-    task.report |= {"max_length": task.max_length, "splits": {}, **replayed}
-    if shared.start_from:
-        task.lineage = [*record.get("lineage", []), _ancestor(run, record)]
-    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples), ("old", shared.max_eval_samples)):
-        if split == "old" and old is None:
-            continue
-        splits |= {"old": old}
-        features, counts = task.encode(splits[split].rows[:limit], splits[split].source, shared.on_bad_row, split == "train")
-        setattr(task, split, features)
-        refused = list(counts.pop("refused").values())
-        task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
-                                        "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+    """Read and tokenize the rows of `shared.task` for the model `shared.model`, or take them from the cache if both were done before;
+    prints what was read. Raises `UserError`.
+
+    Of several processes, the first one does the work, and the others find it in the cache.
+    """
+    with training.main_process_first(desc="reading the rows"):
+        task = _load(shared, training)
     if training.process_index == 0:
         print_report(task)
     return task
 
 
-def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:
-    """Mix the rows of --replay into the `train` rows. Returns the dev rows on which forgetting is measured, if that is asked for, and what
-    was replayed, for the report.
+def _load(shared, training) -> Task:
+    kind = module(shared.task)
+    old = _old_source(shared)
+    files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
+    asked = {name: value for name, value in asdict(shared).items() if name not in NOT_OF_ROWS}
+    hashes = [{split: file.sha256 for split, file in found.items()} for found in sum(files, [])]
+    folder = disk.cache() / disk.key(hashes, asked, training.seed)
+    rows = None if folder.is_dir() else _rows(kind, shared, training.seed, files, old)  # a bad row is told before a model is downloaded
+    if shared.start_from:
+        run = Path(shared.start_from)
+        record = models.read_record(run, "--start_from")
+        source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
+    else:
+        run, record, source = None, {}, models.resolve(shared.model, shared.fallback_model)
+        tokenizer = models.load_tokenizer(source)
+    folder /= disk.key(models.tokenizer_files(tokenizer), models.config(source).to_dict(), record.get("data"))
+    entry = disk.kept(folder)
+    if entry:
+        features, made = entry
+        task = _make(kind, shared, source, tokenizer, made["facts"])
+    else:
+        rows = rows or _rows(kind, shared, training.seed, files, old)
+        facts = kind.facts(rows.splits["train"].rows, shared)
+        facts = _facts_of_run(record, shared, facts) if run else facts
+        task = _make(kind, shared, source, tokenizer, facts)
+        features, counts = _encode(task, rows.splits, shared)
+        disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed}})
+        features, made = disk.kept(folder)
+    task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
+    task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
+    task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+    return task
 
-    --max_train_samples counts the mixture, and leaves its shares as they are.
-    """
-    if not (shared.replay or shared.measure_forgetting):
-        return None, {}
-    flag, name, share = "--measure_forgetting", shared.measure_forgetting, 0.0
-    if shared.replay:
-        flag = "--replay"
-        name, _, text = shared.replay.rpartition(":")
-        share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
-        if not name or not 0 < share < 1:
-            raise UserError(f"--replay {shared.replay}: give the share of old rows after a colon, between 0 and 1, as in old.jsonl:0.2")
-    try:
-        found = data.load(name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns)
-    except UserError as error:
-        raise UserError(str(error).replace("--data", flag, 1)) from error
+
+class _Rows(NamedTuple):
+    splits: dict[str, data.Rows]  # "train", "dev", and "old", on which forgetting is measured, if that is asked for
+    replayed: dict  # what was mixed in, for the report
+
+
+class _Old(NamedTuple):
+    """What --replay or --measure_forgetting names, and the share of the train rows that comes from there."""
+
+    flag: str
+    name: str
+    share: float
+
+
+def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) -> _Rows:
+    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[0])
+    for split in splits.values():
+        split.rows = kind.rows(split.rows, shared)
+    if not old:
+        return _Rows(splits, {})
+    found = _of(old, data.load, old.name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[1])
     for split in found.values():
         split.rows = kind.rows(split.rows, shared)
-    if not share:
-        return found["dev"], {}
-    pool, limit = found["train"], shared.max_train_samples
+    return _Rows(splits | {"old": found["dev"]}, _mix_in(old, found["train"], splits["train"], shared.max_train_samples, seed))
+
+
+def _encode(task: Task, splits: dict[str, data.Rows], shared) -> tuple[dict[str, Dataset], dict]:
+    """Features and a report on the rows of each split that training needs."""
+    features, report = {}, {}
+    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples), ("old", shared.max_eval_samples)):
+        if found := splits.get(split):
+            features[split], counts = task.encode(found.rows[:limit], found.source, shared.on_bad_row, split == "train")
+            refused = list(counts.pop("refused").values())
+            report[split] = {"source": found.source, "sha256": found.sha256, **counts, "bad_rows": found.skipped + refused,
+                             "notes": found.notes}
+    return features, report
+
+
+def _old_source(shared) -> _Old | None:
+    if not shared.replay:
+        return _Old("--measure_forgetting", shared.measure_forgetting, 0.0) if shared.measure_forgetting else None
+    name, _, text = shared.replay.rpartition(":")
+    share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
+    if not name or not 0 < share < 1:
+        raise UserError(f"--replay {shared.replay}: give the share of old rows after a colon, between 0 and 1, as in old.jsonl:0.2")
+    return _Old("--replay", name, share)
+
+
+def _of(old: _Old, function, *args):
+    """What `function` returns; its complaints about --data name the old source's flag."""
+    try:
+        return function(*args)
+    except UserError as error:
+        raise UserError(str(error).replace("--data", old.flag, 1)) from error
+
+
+def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, seed: int) -> dict:
+    """Mix rows of `pool` into the `train` rows. Returns what was replayed, for the report.
+
+    --max_train_samples, the `limit`, counts the mixture, and leaves its shares as they are.
+    """
+    if not old.share:
+        return {}
     if limit:
-        train.rows = train.rows[: max(1, round((1 - share) * limit))]
-    wanted = round(share / (1 - share) * len(train.rows))
+        train.rows = train.rows[: max(1, round((1 - old.share) * limit))]
+    wanted = round(old.share / (1 - old.share) * len(train.rows))
     if limit:
         wanted = min(wanted, limit - len(train.rows))
-    drawn = random.Random(seed).sample(pool.rows, min(wanted, len(pool.rows)))
-    train.notes += [*pool.notes, f"replay: {len(drawn)} of {len(pool.rows)} rows of {name} added to {len(train.rows)}"
+    drawn = pool.rows.take(random.Random(seed).sample(range(len(pool.rows)), min(wanted, len(pool.rows))))
+    train.notes += [*pool.notes, f"replay: {len(drawn)} of {len(pool.rows)} rows of {old.name} added to {len(train.rows)}"
                     + (f", as there are no {wanted}" if len(drawn) < wanted else "")]
-    train.skipped += [f"{name}, {sentence}" for sentence in pool.skipped]
+    train.skipped += [f"{old.name}, {sentence}" for sentence in pool.skipped]
     train.rows = train.rows + drawn
-    return found["dev"], {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
+    return {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
 
 
 def _facts_of_run(record: dict, shared, facts: dict) -> dict:
@@ -194,6 +250,8 @@ def print_report(task: Task) -> None:
     """The run's first lines on the screen: the model, and what became of the rows."""
     source, report = task.source, task.report
     print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
+    if report["tokenized"]["from_cache"]:
+        print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):
         print(f"note: {note}")
     for split, c in report["splits"].items():
