@@ -2,9 +2,9 @@
 
     python benchmarks/data_scale.py --rows 1000000
 
-Writes seeded dialogues, half English and half Chinese, of 2 to 16 turns. A first process reads, checks and tokenizes them as a run does
+Writes seeded dialogues, half English and half Chinese, of 2 to 12 turns. A first process reads, checks and tokenizes them as a run does
 (`tasks.load`); a second one finds the features in the cache; a third one maps the tokenizer over their rendered texts, without any mask
-or check. All use the same number of processes. Peak memory is that of the parent and its children together, sampled ten times a second:
+or check. All use the same number of processes. Peak memory is that of the parent and its children together, sampled twice a second:
 what each has of its own and, once, what they share with files on disk (Linux).
 """
 
@@ -63,8 +63,8 @@ def generate(path: Path, rows: int, seed: int = 0) -> None:
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
             words, blank = (ENGLISH, " ") if draw.random() < 0.5 else (CHINESE, "")
-            turns = [{"role": role, "content": blank.join(draw.choices(words, k=int(draw.lognormvariate(2.6, 0.6)) + 1))}
-                     for _ in range(draw.randint(1, 8)) for role in ("user", "assistant")]
+            turns = [{"role": role, "content": blank.join(draw.choices(words, k=int(draw.lognormvariate(2.3, 0.6)) + 1))}
+                     for _ in range(draw.randint(1, 6)) for role in ("user", "assistant")]
             file.write(json.dumps({"id": number, "messages": turns}, ensure_ascii=False) + "\n")
 
 
@@ -127,7 +127,7 @@ def measured(contender, options) -> dict:
     peak, done = [0], threading.Event()
 
     def watch():
-        while not done.wait(0.1):
+        while not done.wait(0.5):
             peak[0] = max(peak[0], memory_mb())
 
     watcher = threading.Thread(target=watch)

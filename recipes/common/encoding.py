@@ -1,5 +1,6 @@
 """Rows -> features on disk: chunk by chunk, by several processes, in the order of the rows and with exact counts."""
 
+import gc
 import os
 import secrets
 import signal
@@ -134,6 +135,7 @@ _one = None  # in a process of the pool: its `one`, which is sent once and not w
 def _start(one: One) -> None:
     global _one
     _one = one
+    gc.freeze()  # what the run has loaded is no garbage: looking through it would copy its pages into each process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its processes
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
