@@ -19,11 +19,11 @@ import threading
 import time
 from pathlib import Path
 
-ENGLISH = ("where is my order and when will it arrive please could you check the number again it says that parcel was sent on monday but "
-           "nothing has come so far I would like a refund or new one thank you for your help we are sorry about this delay let me look into "
-           "it right away your card has been blocked and another is on its way within five days").split()
-CHINESE = ("您好 请问 我的 包裹 什么时候 能到 订单号 是 麻烦 查一下 已经 发货 但是 还没 收到 可以 退款 或者 换货 吗 非常 抱歉 给您 带来 不便 我 马上 帮您 "
-           "处理 这张 卡 已经 冻结 新卡 五天 之内 寄出 还有 别的 问题 谢谢 不客气").split()
+ENGLISH = ("where is my order and when will it arrive please could you check the number again it says that parcel was sent on monday "
+           "but nothing has come so far I would like a refund or new one thank you for your help we are sorry about this delay let me "
+           "look into it right away your card has been blocked and another is on its way within five days").split()
+CHINESE = ("您好 请问 我的 包裹 什么时候 能到 订单号 是 麻烦 查一下 已经 发货 但是 还没 收到 可以 退款 或者 换货 吗 非常 抱歉 给您 "
+           "带来 不便 我 马上 帮您 处理 这张 卡 已经 冻结 新卡 五天 之内 寄出 还有 别的 问题 谢谢 不客气").split()
 
 
 def main():
@@ -74,7 +74,7 @@ def run(options) -> dict:
     from recipes.common import args, data, disk, tasks
 
     folder, seconds = Path(options.folder), {}
-    shared, _, training = args.parse("", lora.MethodArguments, [
+    given = args.parse("", lora.MethodArguments, [
         "--model", options.model, "--data", str(folder / "rows.jsonl"), "--output_dir", str(folder / "run"), "--report_to", "none",
         "--preprocessing_num_workers", str(options.processes)])
     read = data.load
@@ -86,7 +86,7 @@ def run(options) -> dict:
         return result
 
     data.load = timed
-    task = tasks.load(shared, training)
+    task = tasks.load(*given)
     kept = sum(file.stat().st_size for file in disk.cache().rglob("*.arrow"))
     return {"rows": len(task.train) + len(task.dev), "tokens": sum(task.report["splits"][split]["tokens"] for split in ("train", "dev")),
             **seconds, "features_mb": kept / 1e6}

@@ -65,8 +65,8 @@ def main():
     from recipes.common.trainer import RecipeTrainer
 
     runs.start(shared, method, training)
-    task = tasks.load(shared, training)
-    model, callbacks = adapt(task.load_model(), task, method, training)
+    task = tasks.load(shared, method, training)
+    model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
     trainer = RecipeTrainer(
         model=model,
         args=training,

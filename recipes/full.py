@@ -20,6 +20,11 @@ class MethodArguments(args.Method):
     weight_decay: float = trainer_option(0.01, "a mild pull towards zero, the usual value for fine-tuning")
     train_top_layers: int = option(None, "freeze all but the top N blocks, the final norm and the head; default: train all", at_least=1)
 
+    def refuses(self, task, kind):
+        if kind == "encoder-decoder" and self.train_top_layers is not None:
+            return ("has two stacks of blocks, so its top layers are not defined: leave --train_top_layers out, or train less with "
+                    "--recipe lora or adapter")
+
 
 def adapt(model, task, method, training):
     """Choose what is trained. Returns the model and the Trainer callbacks that it needs."""
@@ -36,8 +41,8 @@ def main():
     from recipes.common.trainer import RecipeTrainer
 
     runs.start(shared, method, training)
-    task = tasks.load(shared, training)
-    model, callbacks = adapt(task.load_model(), task, method, training)
+    task = tasks.load(shared, method, training)
+    model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
     trainer = RecipeTrainer(
         model=model,
         args=training,

@@ -32,6 +32,10 @@ class MethodArguments(args.Method):
         if training.activation_checkpointing or training.gradient_checkpointing:
             raise UserError("--activation_checkpointing would drop the prefix from the recomputed layers: leave it out for this recipe")
 
+    def refuses(self, task, kind):
+        if kind == "encoder-decoder" and task in ("classify", "tag"):  # test_matrix.py shows what happens
+            return "PEFT can't put a prefix before its classifiers: use --recipe lora or adapter"
+
 
 def adapt(model, task, method, training):
     """Freeze `model` and put the prefix before it. Returns the wrapped model and the Trainer callbacks that it needs."""
@@ -46,6 +50,10 @@ def adapt(model, task, method, training):
                                 prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size,
                                 modules_to_save=task.new_modules())
     model = get_peft_model(model, config)
+    layers = model.active_peft_config.num_layers
+    if model.config.is_encoder_decoder and layers % 2 == 0:  # test_matrix.py shows which
+        print("note: PEFT puts the prefix before the decoder's own attention only, where two layers each share theirs: half of the "
+              f"{method.num_virtual_tokens} x {2 * layers} keys and values that are trained have no effect")
     if method.start == "text":
         text = chain.from_iterable(row["input_ids"] for row in cycle(task.train))
         if not start_from_tokens(model, list(islice(text, method.num_virtual_tokens))):
@@ -59,8 +67,8 @@ def main():
     from recipes.common.trainer import RecipeTrainer
 
     runs.start(shared, method, training)
-    task = tasks.load(shared, training)
-    model, callbacks = adapt(task.load_model(), task, method, training)
+    task = tasks.load(shared, method, training)
+    model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
     trainer = RecipeTrainer(
         model=model,
         args=training,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,19 @@ def test_saved_loaded_and_merged_give_equal_logits(finished, tiny):
     assert (trained - base).abs().max() > 1e-2
     torch.testing.assert_close(models.load_run(folder)(input_ids=ids).logits, trained, atol=1e-5, rtol=0)
     torch.testing.assert_close(models.load_run(folder, merge=True)(input_ids=ids).logits, trained, atol=1e-5, rtol=0)
+
+
+def test_no_false_alarm_is_raised(tiny, data, tmp_path, recwarn):
+    """A matrix that lost its last rank is saved and loaded as it is: PEFT's warnings about it are none of the user's."""
+    flags = (*FLAGS, "--init_rank", "2", "--target_rank", "1", "--learning_rate", "0.05")
+    trainer = run_recipe("adalora", tiny("llama"), data, tmp_path / "run", *flags)
+    assert 0 in callback(trainer).ranks().values()
+    models.load_run(tmp_path / "run")
+    said = [str(warning.message) for warning in recwarn]
+    assert not [text for text in said if "rank_pattern" in text or "invalid shape" in text]
+    warnings.warn("Adapter 'default': 1 LoRA tensor(s) have invalid shape: layers.0.lora_A:(0,). A 1-D or zero-sized", stacklevel=1)
+    warnings.warn("The following rank_pattern keys did not match any targeted module: ['q_proj']", RuntimeWarning, stacklevel=1)
+    assert len(recwarn) == len(said) + 2  # what they warn of otherwise is still told
 
 
 def test_the_orthogonality_term_has_its_closed_form_gradient():

@@ -1,6 +1,7 @@
 """The task classify: rows and turns, labels, weights, thresholds, and whole runs on tiny models with every recipe."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DIALOGUES, SHARED
+from safetensors.torch import load_file
 from test_cli import call
 from test_methods import run_recipe
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BartConfig, BartForConditionalGeneration, set_seed
 
+from recipes import lora
 from recipes.common import args, data, losses, models, tasks
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
@@ -179,6 +182,62 @@ def test_the_threshold_parts_what_can_be_parted():
     assert (classify.confidence(inside) < cut).sum() == 5
 
 
+# Pooling
+
+
+def sentence_encoder(tiny, folder, **modes):
+    """The tiny BERT with the file in which sentence-transformers says how it was pooled."""
+    shutil.copytree(tiny("bert"), folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+    return folder
+
+
+def test_a_sentence_encoder_is_pooled_as_it_was_trained(tiny, tmp_path):
+    task = task_for(sentence_encoder(tiny, tmp_path / "mean", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False))
+    model = task.load_model().eval()
+    features, _ = task.encode(ROWS, "x")
+    batch = task.collate([features[i] for i in range(len(features))])
+    with torch.no_grad():
+        [part] = losses.rows(model, batch)
+        states = model.bert(**{k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}).last_hidden_state
+        mean = torch.stack([row[: int(mask.sum())].mean(0) for row, mask in zip(states, batch["attention_mask"], strict=True)])
+        torch.testing.assert_close(part.logits, model.classifier(mean))
+        alone = torch.cat([losses.rows(model, task.collate([features[i]]))[0].logits for i in range(len(features))])
+    torch.testing.assert_close(part.logits, alone, rtol=1e-4, atol=1e-5)  # padding is no part of the mean
+    assert not any("pooler" in name for name, _ in model.named_parameters()) and task.new_modules() is None
+
+
+@pytest.mark.parametrize(("modes", "flag", "pooled"), [
+    ({"pooling_mode_cls_token": True}, "auto", "cls"), ({"pooling_mode_mean_tokens": True}, "cls", "cls"),
+    ({"pooling_mode_cls_token": True}, "mean", "mean")])
+def test_pooling_by_flag_and_by_file(modes, flag, pooled, tiny, tmp_path):
+    model = task_for(sentence_encoder(tiny, tmp_path / "m", **modes), pooling=flag).load_model()
+    assert (model.bert.pooler is None) == (pooled == "mean")
+    assert getattr(model.config, "classifier_pooling", "cls") == pooled
+
+
+def test_pooling_where_there_is_none_to_choose(tiny):
+    with pytest.raises(UserError, match="--pooling is for encoders"):
+        task_for(tiny("gpt2"), pooling="mean")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "prefix", "adalora"])
+def test_a_loaded_run_is_pooled_alike(method, tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    encoder = sentence_encoder(tiny, tmp_path / "mean", pooling_mode_mean_tokens=True)
+    trainer = run_recipe(method, encoder, folder, run, "--task", "classify", "--oos_label", "oos", "--max_steps", "4", "--learning_rate",
+                         "0.05", "--load_best_model_at_end", "False")
+    again = tasks.of_run(json.loads((run / "run.json").read_text(encoding="utf-8")), models.load_run_tokenizer(run))
+    loaded = models.load_run(run, torch.float32, again.auto_class, again.config)
+    features, _ = again.encode(ROWS, "x")
+    for one, other in zip(*(dataset_outputs(model.eval(), again, features, "x") for model in (trainer.model, loaded)), strict=True):
+        assert one[1] == pytest.approx(other[1], rel=1e-4, abs=1e-4)
+    if method == "full":  # transformers alone does not answer in silence
+        _, found = AutoModelForSequenceClassification.from_pretrained(run, output_loading_info=True)
+        assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= set(found["missing_keys"])
+
+
 # Whole runs
 
 
@@ -256,3 +315,67 @@ def test_the_bundled_dialogues_hold_intents_and_sentiments():
         known = classify.facts(rows["train"], shared)["labels"]
         assert len(known) >= least
         assert all(row["label"] in known for split in rows.values() for row in split)
+
+
+# Encoder-decoders
+
+
+def test_an_encoder_decoder_reads_one_text_that_ends_once(tiny):
+    """Its head reads at the last </s> and wants as many in each row of a batch."""
+    rows = [{"text": "Where is it?", "text_pair": "user: Hi", "label": "a"}, {"text": "Yes </s> please", "label": "b"},
+            {"text": "x" * 200, "label": "a"}]
+    task = task_for(tiny("t5"), rows, max_length=40)
+    features, counts = task.encode(classify.rows(rows, flags()), "rows")
+    end = task.tokenizer.eos_token_id
+    assert [row["input_ids"].count(end) for row in features] == [1, 1, 1] and all(row["input_ids"][-1] == end for row in features)
+    assert task.tokenizer.decode(features[0]["input_ids"][:-1]) == "user: Hi\nWhere is it?"
+    assert len(features[2]["input_ids"]) == 40
+    assert counts["sentences"] == ["1 rows exceed --max_length 40 and lost their end",
+                                   "1 rows hold the token </s>, which ends a text: it is left out of theirs"]
+    model = task.load_model().eval()
+    [part] = task.loss(model, task.collate(list(features)))
+    for row, logits in zip(features, part.logits, strict=True):  # padding changes nothing
+        torch.testing.assert_close(task.loss(model, task.collate([row]))[0].logits[0], logits, rtol=1e-4, atol=1e-5)
+    assert classify._end_once([5, 6, 7], end, 3) == [5, 6, end]
+
+
+def test_an_encoder_decoder_without_an_end_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny("t5"), tmp_path / "t5")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t5")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "t5")
+    with pytest.raises(UserError, match="no token that ends a text"):
+        task_for(tmp_path / "t5")
+
+
+def test_a_t5_classifier_goes_on_and_is_regularised_like_any_other(tiny, tmp_path, write_jsonl):
+    """LoRA on a run that has its head already trains this head; adversarial embeddings and rates by layer find both stacks."""
+    data = write_jsonl(ROWS * 2)
+    common = ("--task", "classify", "--max_steps", "2", "--load_best_model_at_end", "False", "--learning_rate", "0.01")
+    first = run_recipe("full", tiny("t5"), data, tmp_path / "first", *common, "--adversarial", "fgm", "--layer_lr_decay", "0.5")
+    assert len({group["initial_lr"] for group in first.optimizer.param_groups}) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["recipes/lora.py", "--start_from", str(tmp_path / "first"), "--data", str(data), "--output_dir",
+                                   str(tmp_path / "next"), "--use_cpu", "--bf16", "False", "--report_to", "none", *common])
+        lora.main()
+    names = {name for name in load_file(tmp_path / "next/trained_parameters.safetensors") if "lora_" not in name}
+    assert {name.removeprefix("base_model.model.classification_head.modules_to_save.default.") for name in names} == {
+        f"{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter"])
+def test_bart_is_classified_with_too(method, tiny, tmp_path, write_jsonl):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("t5"))
+    set_seed(0)
+    BartForConditionalGeneration(BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        decoder_start_token_id=1, forced_eos_token_id=1)).save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    trainer = run_recipe(method, tmp_path / "bart", write_jsonl(ROWS * 2), tmp_path / "run", "--task", "classify", "--max_steps", "2",
+                         "--load_best_model_at_end", "False")
+    again = tasks.of_run(models.read_record(tmp_path / "run"), models.load_run_tokenizer(tmp_path / "run"))
+    features, _ = again.encode(classify.rows(ROWS, flags()), "rows")
+    loaded = models.load_run(tmp_path / "run", torch.float32, again.auto_class, again.config)
+    for one, other in zip(*(dataset_outputs(model.eval(), again, features, "x") for model in (trainer.model, loaded)), strict=True):
+        assert one[0] == pytest.approx(other[0], rel=1e-4, abs=1e-4)

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, set_seed
 
 from recipes.common import fast_lora
 
@@ -24,10 +24,9 @@ def make(kind, **options):
     set_seed(0)
     config = tiny_config(kind)
     config.initializer_range = 0.1
-    if kind == "gpt2":
-        config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
-    model = get_peft_model(AutoModelForCausalLM.from_config(config),
-                           LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **options)).train()
+    config.update({name: 0.0 for name in config.to_dict() if "dropout" in name or name.endswith("pdrop")})
+    auto_class = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(kind, AutoModelForCausalLM)
+    model = get_peft_model(auto_class.from_config(config), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **options)).train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -39,11 +38,15 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, Linear)]
 
 
+def inputs(model):
+    return {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1)} if model.config.is_encoder_decoder else {})
+
+
 def run(model, dtype=None):
     """(logits, gradients by name)"""
     model.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        logits = model(input_ids=IDS).logits
+        logits = model(**inputs(model)).logits
     logits.float().pow(2).mean().backward()
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -53,7 +56,7 @@ def fused(model, monkeypatch) -> int:
     calls, apply = [], fast_lora._Fused.apply
     with monkeypatch.context() as patch:
         patch.setattr(fast_lora._Fused, "apply", lambda *args: calls.append(1) or apply(*args))
-        model(input_ids=IDS)
+        model(**inputs(model))
     return len(calls)
 
 
@@ -68,6 +71,24 @@ def test_values_and_gradients_are_those_of_peft_in_fp32(model, monkeypatch):
     for layer in layers(model):
         layer.scaling["default"] *= 1.01
     assert not torch.allclose(run(model)[0], logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}], ids=str)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
+def test_on_every_kind_of_model_a_variant_is_that_of_peft(kind, options, monkeypatch):
+    """rsLoRA is another scale, so the fused function is its own; DoRA is another formula, and left to PEFT."""
+    model = make(kind, **options)
+    logits, gradients = run(model)
+    fast_lora.speed_up(model)
+    assert fused(model, monkeypatch) == (0 if "use_dora" in options else len(layers(model)))
+    fast_logits, fast_gradients = run(model)
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-5, atol=1e-5)
+    assert fast_gradients.keys() == gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("magnitude" in name for name in gradients) == ("use_dora" in options)
+    torch.testing.assert_close(fast_gradients, gradients, rtol=1e-3, atol=1e-6)
+    for layer in layers(model):
+        layer.scaling["default"] *= 1.01
+    assert not torch.allclose(run(model)[0], logits, rtol=1e-5, atol=1e-5)
 
 
 def test_values_and_gradients_under_autocast_are_as_near_to_fp32_as_those_of_peft(model):

@@ -1,32 +1,39 @@
-"""Every method with every task on every kind of model: two steps change exactly what the method trains, and a loaded run is the same."""
+"""Every method with every task on every kind of model: two steps change exactly what the method trains, and a loaded run is the same.
+What is refused is refused before any data is read, and the READMEs' table says so."""
 
 import json
 import re
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DIALOGUES
+from matrix import LANGUAGES, METHODS, ROOT, TASKS, cells, table, written
 from test_classify import ROWS as LABELLED
 from test_methods import Watched, run_recipe
 from test_tag import ROWS as TAGGED
 from test_translate import ROWS as PAIRS
-from transformers import AutoTokenizer, BertForMaskedLM
+from transformers import AutoTokenizer, BertForMaskedLM, MarianConfig, T5Config, T5ForConditionalGeneration
 
+from recipes import full, lora, prefix
 from recipes.common import models, tasks
 from recipes.common.errors import UserError
 from recipes.common.trainer import dataset_outputs
 
 ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS}
-METHODS = ("full", "lora", "adalora", "prefix", "adapter")
+KINDS = {"gpt2": "decoder", "llama": "decoder", "bert": "encoder", "t5": "encoder-decoder"}
 # What a method trains, beside the new head of a task that has one.
 OWN = {"full": r".*", "lora": r".*\.lora_[AB]\.default\.weight", "adalora": r".*\.lora_[ABE]\.default",
        "prefix": r"prompt_encoder\.default\..*", "adapter": r".*\.bottleneck_(down|up)\.default\.(weight|bias)"}
-HEAD = r".*\b(classifier|score)\.modules_to_save\.default\..*"
-WORKS = {"chat": ("gpt2", "llama"), "classify": ("bert", "gpt2", "llama"), "tag": ("bert", "gpt2", "llama"),
+HEAD = r".*\b(classifier|score|classification_head)\.modules_to_save\.default\..*"
+WORKS = {"chat": ("gpt2", "llama"), "classify": ("bert", "gpt2", "llama", "t5"), "tag": ("bert", "gpt2", "llama", "t5"),
          "translate": ("t5", "gpt2", "llama")}
 # Task and kind of model -> why it is refused, by every method.
-REFUSED = {("chat", "t5"): "can't be", ("chat", "bert"): "no end-of-text token", ("classify", "t5"): "is an encoder-decoder",
-           ("tag", "t5"): "is an encoder-decoder", ("translate", "bert"): "no end-of-text token"}
+REFUSED = {("chat", "t5"): "is an encoder-decoder .*a dialogue is one text", ("chat", "bert"): "is an encoder .*can't write",
+           ("translate", "bert"): "is an encoder .*can't write"}
+# The same, where a method refuses what the others can do.
+REFUSED_BY = {("classify", "t5", "prefix"): "PEFT can't put a prefix", ("tag", "t5", "prefix"): "PEFT can't put a prefix"}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +44,8 @@ def files(tmp_path_factory):
     return {task: folder / f"{task}.jsonl" for task in ROWS}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("task", "kind"), [(task, kind) for task, kinds in WORKS.items() for kind in kinds])
+@pytest.mark.parametrize(("task", "kind", "method"), [
+    cell for task, kinds in WORKS.items() for cell in product([task], kinds, METHODS) if cell not in REFUSED_BY])
 def test_a_cell_works(task, kind, method, tiny, files, tmp_path):
     run = tmp_path / "run"
     trainer = run_recipe(method, tiny(kind), files[task], run, "--task", task, "--learning_rate", "0.05",
@@ -80,14 +87,68 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_saved_too(method, tin
         assert one[0] == pytest.approx(other[0], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("task", "kind"), REFUSED)
-def test_a_refused_cell_says_why(task, kind, method, tiny, files, tmp_path):
-    with pytest.raises(UserError, match=REFUSED[task, kind]):
-        run_recipe(method, tiny(kind), files[task], tmp_path / "run", "--task", task, "--max_steps", "2")
+@pytest.mark.parametrize(("task", "kind", "method"), [*((*cell, method) for cell in REFUSED for method in METHODS), *REFUSED_BY])
+def test_a_refused_cell_says_why_before_any_data_is_read(task, kind, method, tiny, tmp_path):
+    with pytest.raises(UserError, match=REFUSED.get((task, kind)) or REFUSED_BY[task, kind, method]):
+        run_recipe(method, tiny(kind), tmp_path / "no-such-data", tmp_path / "run", "--task", task, "--max_steps", "2")
     assert not (tmp_path / "run").exists()
 
 
-def test_every_cell_is_one_or_the_other():
-    cells = {(task, kind) for task in ROWS for kind in ("gpt2", "llama", "bert", "t5")}
-    assert cells == {(task, kind) for task, kinds in WORKS.items() for kind in kinds} | REFUSED.keys()
+@pytest.mark.parametrize(("task", "error", "words"), [
+    ("classify", RuntimeError, "must match the size"), ("tag", ValueError, "past key values")])
+def test_without_its_refusal_a_prefix_before_a_t5_classifier_fails(task, error, words, tiny, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix.MethodArguments, "refuses", lambda *cell: None)
+    with pytest.raises(error, match=words):
+        run_recipe("prefix", tiny("t5"), files[task], tmp_path / "run", "--task", task, "--start", "random", "--max_steps", "2")
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_which_keys_and_values_of_a_t5_prefix_learn(layers, capsys):
+    """The layers of the decoder take theirs two places apart, so of an even number half are never read; the run says so."""
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=layers, num_heads=4,
+                                                decoder_start_token_id=0))
+    task = SimpleNamespace(peft_type="SEQ_2_SEQ_LM", window=None, new_modules=lambda: None)
+    model, _ = prefix.adapt(model, task, prefix.MethodArguments(num_virtual_tokens=5, start="random"), None)
+    ids = torch.arange(12).reshape(2, 6) + 3
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids).logits.pow(2).mean().backward()
+    [trained] = [p for p in model.parameters() if p.requires_grad]
+    assert trained.shape == (5, 2 * layers * 16)
+    learns = trained.grad.reshape(5, layers, -1).abs().sum((0, 2)) > 0
+    assert {layer for layer in range(layers) if learns[layer]} == {2 * layer % layers for layer in range(layers)}
+    assert ("half of the" in capsys.readouterr().out) == (not learns.all()) == (layers % 2 == 0)
+
+
+def test_a_type_of_model_that_transformers_has_no_class_for_is_refused_too(tmp_path):
+    folder = tmp_path / "marian"
+    MarianConfig(vocab_size=10).save_pretrained(folder)
+    source = models.Source("marian", "marian", str(folder))
+    tasks.check_cell("translate", source, lora.MethodArguments())
+    with pytest.raises(UserError, match="transformers has no model of the type marian for it"):
+        tasks.check_cell("classify", source, lora.MethodArguments())
+
+
+def test_top_layers_of_two_stacks_are_refused_before_any_data_is_read(tiny):
+    source = models.Source("t5", "t5", str(tiny("t5")))
+    tasks.check_cell("translate", source, full.MethodArguments())
+    with pytest.raises(UserError, match="leave --train_top_layers out"):
+        tasks.check_cell("translate", source, full.MethodArguments(train_top_layers=1))
+
+
+def test_every_cell_is_one_or_the_other_and_the_code_says_so(tiny):
+    assert {kind: models.kind(models.Source(kind, kind, str(tiny(kind)))) for kind in KINDS} == KINDS
+    assert set(TASKS) == ROWS.keys()
+    expected = {(task, kind, method): kind in WORKS[task] and (task, kind, method) not in REFUSED_BY
+                for task in TASKS for kind in KINDS for method in METHODS}
+    assert not REFUSED.keys() & {(task, kind) for task, kinds in WORKS.items() for kind in kinds}
+    assert all(cell[:2] in REFUSED or cell in REFUSED_BY for cell, works in expected.items() if not works)
+    found = cells()
+    assert {(task, kind, method): found[task, KINDS[kind], method] is None for task, kind, method in expected} == expected
+
+
+@pytest.mark.parametrize("readme", LANGUAGES)
+def test_the_readme_holds_the_table_of_now(readme, monkeypatch):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert table(LANGUAGES[readme]) in text
+    assert written(text, LANGUAGES[readme]) == text, "python tests/matrix.py"
+    monkeypatch.setattr(prefix.MethodArguments, "refuses", lambda *cell: None)
+    assert written(text, LANGUAGES[readme]) != text

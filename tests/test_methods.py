@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import DIALOGUES
 from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from recipes import adapter, full, lora, prefix
-from recipes.common import args, generation, models, runs
+from recipes import adalora, adapter, full, lora, prefix
+from recipes.common import args, generation, models, runs, tasks
 from recipes.common import trainer as trainer_module
 from recipes.common.chat import prompt
 from recipes.common.errors import UserError
@@ -26,6 +27,9 @@ KINDS = ("gpt2", "llama")
 # Recipe and flags of every variant that trains something different.
 VARIANTS = {
     "lora": ("lora",),
+    "lora-dora": ("lora", "--use_dora"),
+    "lora-rslora": ("lora", "--use_rslora"),
+    "adalora": ("adalora", "--init_rank", "8", "--target_rank", "6", "--every", "1"),
     "prefix": ("prefix",),
     "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
     "adapter": ("adapter",),
@@ -41,6 +45,8 @@ KV_WIDTH = {"gpt2": 32, "llama": 16}
 # Names of the parameters that belong to a method, as whole-name patterns.
 OWN = {
     "lora": {kind: r".*\.lora_[AB]\.default\.weight" for kind in KINDS},
+    "lora-dora": {kind: r".*\.lora_([AB]\.default|magnitude_vector\.default)\.weight" for kind in KINDS},
+    "adalora": {kind: r".*\.lora_[ABE]\.default" for kind in KINDS},
     "prefix": {kind: r"prompt_encoder\.default\..*" for kind in KINDS},
     "adapter": {kind: r".*\.bottleneck_(down|up)\.default\.(weight|bias)" for kind in KINDS},
     "full": {kind: ".*" for kind in KINDS},
@@ -121,15 +127,17 @@ def reply(model, tokenizer):
 
 
 def stub_task(max_length=160):
-    return SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=max_length,
+    return SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=max_length, method_report={},
                            train=[{"input_ids": [5, 6, 7]}])
 
 
 def closed_formula(variant, kind):
     """Trained parameters of a variant with the recipe's defaults, from the sizes in conftest.tiny_config."""
     kv, total = KV_WIDTH[kind], 2 * LAYERS * KV_WIDTH[kind]
-    if variant == "lora":
-        return LAYERS * sum(RANK * (inputs + outputs) for inputs, outputs in LINEAR[kind])
+    if variant.startswith("lora"):  # DoRA's lengths: one an output
+        return LAYERS * sum(RANK * (inputs + outputs) + (outputs if "dora" in variant else 0) for inputs, outputs in LINEAR[kind])
+    if variant == "adalora":  # and the singular values
+        return LAYERS * sum(RANK * (inputs + outputs + 1) for inputs, outputs in LINEAR[kind])
     if variant == "prefix":
         return TOKENS * total
     if variant == "prefix-projection":
@@ -149,11 +157,12 @@ def test_exactly_the_method_s_parameters_change(variant, kind, finished, tiny):
     own = re.compile((OWN.get(variant) or OWN[variant.split("-")[0]])[kind])
     after = dict(trainer.model.named_parameters())
     changed = {name for name, p in after.items() if not torch.equal(p, trainer.before[name])}
+    changed |= {name for name, p in after.items() if name.endswith(".lora_E.default") and not p.any()}  # grown, then taken away again
     assert changed == {name for name in after if own.fullmatch(name)} == {name for name, p in after.items() if p.requires_grad}
 
     inner = trainer.model if variant.startswith("full") else trainer.model.get_base_model()
     shipped = dict(base(tiny, kind).named_parameters())
-    frozen = {name.replace(".base_layer", ""): p for name, p in inner.named_parameters() if not p.requires_grad}
+    frozen = {name.replace(".base_layer", ""): p for name, p in inner.named_parameters() if not p.requires_grad and "ranknum" not in name}
     assert all(torch.equal(p, shipped[name]) for name, p in frozen.items())
     if not variant.startswith("full"):
         assert frozen.keys() == shipped.keys()
@@ -168,19 +177,22 @@ def test_trainable_count_is_the_closed_formula(variant, kind, finished, tiny):
     record = models.read_record(folder)
     assert record["trainable_parameters"] == expected
     added = 0 if variant.startswith("full") else expected
+    if variant == "adalora":  # PEFT keeps the rank that each matrix began with, a frozen number
+        added += LAYERS * len(LINEAR[kind])
     assert record["total_parameters"] == sum(p.numel() for p in base(tiny, kind).parameters()) + added
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3"])
-@pytest.mark.parametrize("recipe", [lora, adapter])
-def test_a_new_lora_or_adapter_is_the_identity(recipe, kind, tiny):
+@pytest.mark.parametrize(("recipe", "flags"), [(lora, {}), (lora, {"use_dora": True}), (lora, {"use_rslora": True}), (adapter, {}),
+                                               (adalora, {})])
+def test_a_new_lora_or_adapter_is_the_identity(recipe, flags, kind, tiny):
     expected = logits(base(tiny, kind))
     set_seed(1)
-    model, _ = recipe.adapt(base(tiny, kind), stub_task(), recipe.MethodArguments(), None)
+    model, _ = recipe.adapt(base(tiny, kind), stub_task(), recipe.MethodArguments(**flags), SimpleNamespace(max_steps=10, process_index=0))
     assert torch.equal(logits(model.eval()), expected)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "bottleneck_up" in name:
+            if any(start in name for start in (("lora_E",) if recipe is adalora else ("lora_B", "bottleneck_up"))):
                 parameter.add_(1e-3)
     assert not torch.equal(logits(model), expected)  # the comparison sees the smallest start that is none
 
@@ -215,8 +227,9 @@ def test_the_libraries_own_loaders_read_a_run(variant, kind, finished, tiny):
 
 
 def assert_same(variant, got, expected):
-    """Bit for bit; but PEFT saves what a projection amounts to, computed once rather than for each row of the batch."""
-    if variant == "prefix-projection":
+    """Bit for bit; but PEFT saves what a projection amounts to, computed once rather than for each row of the batch, and AdaLoRA's matrices
+    without the rows taken away; and its own forward rounds a scale that is no power of two elsewhere than the fused one."""
+    if variant in ("prefix-projection", "lora-rslora", "adalora"):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     else:
         assert torch.equal(got, expected)
@@ -287,3 +300,44 @@ def test_lora_trains_only_the_matrices_asked_for(tiny):
     names = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert names == {"q_proj", "v_proj"}
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == LAYERS * 4 * (32 + 32 + 32 + 16)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tiny):
+    scales = {}
+    for name in ("use_dora", "use_rslora"):
+        model, _ = lora.adapt(base(tiny, "llama"), stub_task(), lora.MethodArguments(rank=4, alpha=6, **{name: True}), None)
+        scales[name] = {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)}
+    assert scales == {"use_dora": {1.5}, "use_rslora": {3.0}}
+
+
+def test_4_bits_are_refused_when_arguments_are_parsed(tmp_path, monkeypatch):
+    argv = ["--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path / "run"), "--load_in_4bit"]
+    with pytest.raises(UserError, match="--load_in_4bit needs an NVIDIA GPU, and this run is on cpu: leave it out"):
+        args.parse(lora.__doc__, lora.MethodArguments, argv)
+    for recipe in (adapter, full, prefix):
+        with pytest.raises(UserError, match="unknown flag --load_in_4bit"):
+            args.parse(recipe.__doc__, recipe.MethodArguments, argv)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes==0"):
+        models.check_4bit(torch.device("cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("peft_type", "kept"), [("CAUSAL_LM", None), ("SEQ_CLS", {"classifier", "score", "pooler"})])
+def test_the_config_of_4_bits_is_qlora_s_and_reaches_the_loading(peft_type, kept, tiny, monkeypatch):
+    """No GPU here: this is what the model's loader is told, and no more."""
+    seen = {}
+    monkeypatch.setattr(models, "load", lambda source, auto_class, **config: seen.update(config) or SimpleNamespace(drawn_at_random=[]))
+    task = tasks.Task("x", peft_type, AutoModelForCausalLM, None, None, 8, None, None, None, config={"pad_token_id": 3})
+    task.load_model()
+    assert seen == {"pad_token_id": 3}
+    task.load_model(True)
+    config = seen["quantization_config"]
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype in (torch.bfloat16, torch.float16)
+    assert config.llm_int8_skip_modules is None if kept is None else kept <= set(config.llm_int8_skip_modules)
+
+
+def test_numbers_packed_in_4_bits_are_counted_as_the_model_s():
+    packed = type("Params4bit", (), {"numel": lambda self: 300, "quant_state": SimpleNamespace(shape=torch.Size([20, 30]))})()
+    assert runs.numbers_in(packed) == 600 and runs.numbers_in(torch.zeros(20, 30)) == 600

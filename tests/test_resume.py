@@ -15,6 +15,7 @@ from recipes.common.trainer import RecipeTrainer
 
 VARIANTS = {
     "lora": ("lora", "--dropout", "0.1"),
+    "lora-dora": ("lora", "--use_dora", "--use_rslora"),
     "prefix": ("prefix",),
     "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
     "adapter": ("adapter", "--dropout", "0.1"),

@@ -80,8 +80,7 @@ GOLDEN = {
 def load(tiny, model, *flags):
     """The task that these flags ask for."""
     argv = ["--model", str(tiny(model)), "--use_cpu", "--bf16", "False", "--report_to", "none", "--output_dir", "run", *flags]
-    shared, _, training = args.parse("", lora.MethodArguments, argv)
-    return tasks.load(shared, training)
+    return tasks.load(*args.parse("", lora.MethodArguments, argv))
 
 
 def digest(value) -> str:

@@ -100,7 +100,7 @@ def test_the_loss_over_the_first_of_several_references_is_said(kind, tiny):
 
 
 def test_the_top_layers_of_an_encoder_decoder_are_not_defined(tiny, folder, tmp_path):
-    with pytest.raises(UserError, match="--train_top_layers: an encoder-decoder"):
+    with pytest.raises(UserError, match="its top layers are not defined: leave --train_top_layers out"):
         run_recipe("full", tiny("t5"), folder, tmp_path / "run", "--task", "translate", "--train_top_layers", "1")
 
 

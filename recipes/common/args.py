@@ -57,6 +57,8 @@ class SharedArguments:
     multi_label: bool = option(False, "a row has a list of labels, each a yes or no of its own", task="classify")
     class_weights: typing.Literal["none", "balanced"] = option("none", "balanced: rare labels count more, all labels alike in sum",
                                                                task="classify")
+    pooling: typing.Literal["auto", "mean", "cls"] = option("auto", "what an encoder's head sees: the mean of all tokens, or the first; "
+                                                            "auto: as the checkpoint was trained", task="classify")
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
 
@@ -86,8 +88,13 @@ class SharedArguments:
 class Method:
     """Base of every recipe's `MethodArguments`."""
 
+    load_in_4bit = False  # a method that freezes the matrices may have a flag of this name
+
     def check(self, shared: SharedArguments, training) -> None:
         """Raise `UserError` for a combination of flags that this method can't do."""
+
+    def refuses(self, task: str, kind: str) -> str | None:
+        """Why this method can't learn the task with models of this kind (models.KINDS), or None if it can."""
 
 
 # Where these differ from TrainingArguments' own defaults, it is for runs of minutes to hours on some hundreds to some

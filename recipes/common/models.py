@@ -25,7 +25,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipes.common import chat
@@ -40,6 +47,10 @@ HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
+
+
+# How a model reads: what `kind` answers, and what it is called.
+KINDS = {"decoder": "a decoder-only model (GPT-2, Llama)", "encoder": "an encoder (BERT)", "encoder-decoder": "an encoder-decoder (T5)"}
 
 
 @dataclass(frozen=True)
@@ -126,15 +137,31 @@ def window(source: Source) -> int | None:
 
 
 def kind(source: Source) -> str:
-    """How the model reads: "decoder" (GPT-2, Llama: from left to right), "encoder" (BERT: both ways at once) or "encoder-decoder" (T5)."""
+    """One of KINDS: "decoder" (reads from left to right), "encoder" (both ways at once) or "encoder-decoder"."""
     found = config(source)
     if found.is_encoder_decoder:
         return "encoder-decoder"
     return "encoder" if type(found) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
 
 
-def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, **config):
-    """The model, with `config` set in its config (labels, padding). Raises `UserError` if `auto_class` knows no such model."""
+def pooling(source: Source) -> str:
+    """How an encoder's states become one vector of the row: "mean" over its tokens, or "cls", the first token's.
+
+    It is what the checkpoint was trained with: its config says so (ModernBERT, and ours), or the file that sentence-transformers keeps.
+    """
+    found, file = config(source), Path(source.folder) / "1_Pooling" / "config.json"
+    if hasattr(found, "classifier_pooling"):
+        return found.classifier_pooling
+    if found.model_type != "bert" or not file.is_file():
+        return "cls"
+    return "mean" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") else "cls"
+
+
+def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, classifier_pooling: str | None = None, **config):
+    """The model, with `config` set in its config (labels, padding). Raises `UserError` if `auto_class` knows no such model.
+
+    `classifier_pooling` is that of `pooling`, for a classifier on an encoder.
+    """
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
     try:
@@ -144,6 +171,13 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
         raise UserError(f"{source.used} can't be loaded as a model for {kind}: {' '.join(str(error).split())[:300]}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
+    pooling = classifier_pooling or getattr(model.config, "classifier_pooling", None)
+    if pooling == "mean" and getattr(model.base_model, "pooler", None):
+        _pool_by_mean(model, found["missing_keys"])
+    elif pooling and hasattr(model.config, "classifier_pooling"):
+        model.config.classifier_pooling = pooling  # ModernBERT does it by itself
+    elif pooling == "mean":
+        raise UserError(f"--pooling mean: {source.used} has no pooler to replace; leave it out")
     for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
@@ -151,6 +185,44 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, *
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
+
+
+def check_4bit(device: torch.device) -> None:
+    """Raise `UserError` where no model can be held in 4 bits: without an NVIDIA GPU, or without the package that does it."""
+    if device.type != "cuda":
+        raise UserError(f"--load_in_4bit needs an NVIDIA GPU, and this run is on {device.type}: leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs a package that is not installed: pip install bitsandbytes==0.49.2")
+
+
+def quantization(peft_type: str | None) -> BitsAndBytesConfig:
+    """The 4 bits of QLoRA (arXiv:2305.14314): normal floats, their scales quantised once more, products in 16 bits.
+
+    New heads and poolers stay as they are, since they are trained whole. For a language model transformers leaves the head out by itself.
+    """
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16 if native_bf16() else torch.float16,
+                              llm_int8_skip_modules=[*HEADS, "pooler"] if peft_type in ("SEQ_CLS", "TOKEN_CLS") else None)
+
+
+def _pool_by_mean(model, missing: set[str]) -> None:
+    """Let a classifier see the mean of the tokens' last states in place of BERT's pooler, which is dropped, also from `missing` weights.
+
+    The same model as sentence-transformers' mean pooling (Reimers and Gurevych, 2019, arXiv:1908.10084). It is saved without a pooler, so
+    that transformers alone reports one that is missing, and does not answer from an untrained one in silence.
+    """
+    model.base_model.pooler = None
+    missing.difference_update({name for name in missing if ".pooler." in name})
+
+    def pool(module, args, kwargs, output):
+        states = output.last_hidden_state
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(states[..., 0]) if mask is None else mask[:, -states.shape[1]:].to(states.dtype)  # a prefix stands before
+        output["pooler_output"] = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return output
+
+    model.base_model.register_forward_hook(pool, with_kwargs=True)
+    model.config.classifier_pooling = "mean"
 
 
 def generation_config(tokenizer, **options) -> GenerationConfig:
@@ -186,11 +258,8 @@ def train_top_layers(model, count: int) -> None:
     """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
 
     Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
-    Raises `UserError` if the model has fewer blocks, or is an encoder-decoder: its top is half of each of two stacks.
+    Raises `UserError` if the model has fewer blocks.
     """
-    if model.config.is_encoder_decoder:
-        raise UserError("--train_top_layers: an encoder-decoder has two stacks of blocks, so its top layers are not defined; leave it out, "
-                        "or train less with --recipe lora or adapter")
     parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
                         if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
     blocks = getattr(parent, name)
@@ -221,7 +290,12 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
-            model = PeftModel.from_pretrained(base, run)
+            if record.get("method_arguments", {}).get("load_in_4bit"):
+                print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
+            with warnings.catch_warnings():
+                # PEFT looks for AdaLoRA's ranks under LoRA's names, warns that it found none, and then takes them from AdaLoRA's own.
+                warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match .*: \['[^']*\.lora_E'", RuntimeWarning)
+                model = PeftModel.from_pretrained(base, run)
             if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
                 model = model.merge_and_unload()
             model = model.to(dtype)

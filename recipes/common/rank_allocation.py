@@ -1,5 +1,7 @@
 """AdaLoRA under the Trainer: PEFT's allocator called at every step, orthogonal factors, and a state that survives a resume."""
 
+import warnings
+
 import torch
 from transformers import TrainerCallback
 
@@ -14,6 +16,8 @@ class AllocateRanks(TrainerCallback):
 
     def __init__(self, model, report: dict):
         self.tuner, self.config, self.report = model.base_model, model.peft_config["default"], report
+        # A matrix of rank 0 is saved as (0, width) and (width, 0), which PEFT takes for a shard of DeepSpeed's; those are one-dimensional.
+        warnings.filterwarnings("ignore", r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape: [\w.]+:\((0, \d+|\d+, 0)\)")
         self.names = [name for name, _ in self._matrices()]
         for name, parameter in self._matrices():
             layer, kind = self._layer(name)

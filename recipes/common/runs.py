@@ -116,7 +116,7 @@ def finish(trainer, task, shared, method) -> None:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": task.report,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
+        "total_parameters": sum(map(numbers_in, parameters)),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "tokens": trainer.state.num_input_tokens_seen,
@@ -148,6 +148,11 @@ def finish(trainer, task, shared, method) -> None:
                         f"({folder} is kept for inspection)")
     print(f"saved in {folder}; next:\n  {python()} scripts/evaluate.py --run {folder} --base"
           + (f"\n  {python()} scripts/chat.py --run {folder}" if task.name == "chat" else ""))
+
+
+def numbers_in(parameter) -> int:
+    """How many numbers a parameter stands for; bitsandbytes packs two numbers of 4 bits into one byte."""
+    return parameter.quant_state.shape.numel() if type(parameter).__name__ == "Params4bit" else parameter.numel()
 
 
 def write(folder: Path, record: dict) -> None:

@@ -1,6 +1,6 @@
 """What is learned: a task is a record of its rows, how they become features, and how a batch of them is scored.
 
-A task never sees the method, and a method only sees the task's PEFT type, so any method goes with any task. Each module of this
+A task never sees the method, and a method only sees the task's name and PEFT type, so any method goes with any task. Each module of this
 folder is one task, found by its file name, and has five functions:
 
     check(shared)                      -> a function from a row to what is wrong with it, or None (data.Check)
@@ -8,6 +8,9 @@ folder is one task, found by its file name, and has five functions:
     facts(rows, shared)                -> what the train rows say that the model must know (its labels); kept in run.json
     make(shared, source, tokenizer, facts) -> Task
     evaluate(candidates, task, rows, record, options) -> the scores (evaluation.result)
+
+and the constant MODELS, which says for each kind of model (models.KINDS) with which of transformers' AutoModelFor... classes it does the
+task, or why it can't. With what a method says itself (args.Method.refuses), this is the table of what works with what.
 """
 
 import importlib
@@ -49,6 +52,7 @@ class Task:
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
+    head: str | None = None  # the new head's name where PEFT does not know it
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
@@ -58,17 +62,20 @@ class Task:
     method_report: dict = field(default_factory=dict)  # what a method has to say after the training
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
 
-    def load_model(self):
-        """The model that training starts from."""
-        model = models.load(self.source, self.auto_class, **self.config | self.dropout)
+    def load_model(self, in_4bit: bool = False):
+        """The model that training starts from; `in_4bit`: its frozen matrices in 4 bits."""
+        quantized = {"quantization_config": models.quantization(self.peft_type)} if in_4bit else {}
+        model = models.load(self.source, self.auto_class, **self.config | self.dropout | quantized)
         if self.generation:
             model.generation_config = self.generation
         self.drawn_at_random = model.drawn_at_random
         return model
 
     def new_modules(self) -> list[str] | None:
-        """Modules that the checkpoint lacked (a pooler), for PEFT to train and save whole. It knows models.HEADS by itself."""
-        return [name for name in self.drawn_at_random if not set(models.HEADS) & set(name.split("."))] or None
+        """Modules for PEFT to train and save whole: a head that it does not know, and what the checkpoint lacked (a pooler)."""
+        heads = {*models.HEADS, self.head}
+        names = [name for name in self.drawn_at_random if not heads & set(name.split("."))]
+        return [*names, *([self.head] if self.head else [])] or None
 
 
 def module(name: str):
@@ -76,47 +83,61 @@ def module(name: str):
     return importlib.import_module(f"recipes.common.tasks.{name}")
 
 
-def load(shared, training) -> Task:
-    """Read and tokenize the rows of `shared.task` for the model `shared.model`, or take them from the cache if both were done before;
-    prints what was read. Raises `UserError`.
+def why_not(task: str, kind: str, method) -> str | None:
+    """Why the task `task` can't be learned with models of this kind (models.KINDS) by `method` (args.Method), or None if it can."""
+    found = module(task).MODELS[kind]
+    return found if isinstance(found, str) else method.refuses(task, kind)
+
+
+def check_cell(task: str, source: models.Source, method) -> None:
+    """Raise `UserError` if this task, model and method do not go together. Reads the model's config, and no data."""
+    kind, config = models.kind(source), models.config(source)
+    if reason := why_not(task, kind, method):
+        raise UserError(f"--task {task}: {source.used} is {models.KINDS[kind]}, and {reason}")
+    if type(config) not in module(task).MODELS[kind]._model_mapping:
+        raise UserError(f"--task {task}: transformers has no model of the type {config.model_type} for it: use another than {source.used}")
+
+
+def load(shared, method, training) -> Task:
+    """Find the model `shared.model`, then read and tokenize the rows of `shared.task` for it, or take them from the cache if that was done
+    before; prints what was read. Raises `UserError`, before any data is read if `method` (args.Method), task and model do not go together.
 
     Of several processes, the first one does the work, and the others find it in the cache.
     """
     with training.main_process_first(desc="reading the rows"):
-        task = _load(shared, training)
+        task = _load(shared, method, training)
     if training.process_index == 0:
         print_report(task)
     return task
 
 
-def _load(shared, training) -> Task:
-    kind = module(shared.task)
-    old = _old_source(shared)
-    files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
-    asked = {name: value for name, value in asdict(shared).items() if name not in NOT_OF_ROWS}
-    hashes = [{split: file.sha256 for split, file in found.items()} for found in sum(files, [])]
-    folder = disk.cache() / disk.key(hashes, asked, training.seed)
-    rows = None if folder.is_dir() else _rows(kind, shared, training.seed, files, old)  # a bad row is told before a model is downloaded
+def _load(shared, method, training) -> Task:
+    kind, run, record = module(shared.task), None, {}
     if shared.start_from:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
-        source, tokenizer = models.source_of_run(run, record), models.load_run_tokenizer(run)
+        source = models.source_of_run(run, record)
     else:
-        run, record, source = None, {}, models.resolve(shared.model, shared.fallback_model)
-        tokenizer = models.load_tokenizer(source)
-    folder /= disk.key(models.tokenizer_files(tokenizer), models.config(source).to_dict(), record.get("data"))
+        source = models.resolve(shared.model, shared.fallback_model)
+    check_cell(shared.task, source, method)
+    tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
+    old = _old_source(shared)
+    files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
+    folder = disk.cache() / disk.key(
+        [{split: file.sha256 for split, file in found.items()} for found in sum(files, [])],
+        {name: value for name, value in asdict(shared).items() if name not in NOT_OF_ROWS}, training.seed,
+        models.tokenizer_files(tokenizer), models.config(source).to_dict(), record.get("data"))
     entry = disk.kept(folder)
     if entry:
-        features, made = entry
-        task = _make(kind, shared, source, tokenizer, made["facts"])
+        task = _make(kind, shared, source, tokenizer, entry[1]["facts"])
     else:
-        rows = rows or _rows(kind, shared, training.seed, files, old)
+        rows = _rows(kind, shared, training.seed, files, old)
         facts = kind.facts(rows.splits["train"].rows, shared)
         facts = _facts_of_run(record, shared, facts) if run else facts
         task = _make(kind, shared, source, tokenizer, facts)
         features, counts = _encode(task, rows.splits, shared)
         disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed}})
-        features, made = disk.kept(folder)
+    features, made = entry or disk.kept(folder)
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
     task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
     task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []

@@ -16,6 +16,12 @@ from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 768
 UNIT = "dialogues"
+MODELS = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": "can't write: use a decoder-only model (smollm2)",
+    "encoder-decoder": "reads one text and writes another, while a dialogue is one text: use a decoder-only model (smollm2), or --task "
+                       "translate for single questions",
+}
 UNTUNED_SCORES = True  # a pretrained model can be asked the same
 COLUMNS = {"loss": "loss", "perplexity": "perplexity", "bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
            "chrf": "chrF", "distinct1": "distinct-1", "distinct2": "distinct-2"}

@@ -20,6 +20,7 @@ from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 256
 UNIT = "rows"
+MODELS = dict.fromkeys(models.KINDS, AutoModelForSequenceClassification)
 UNTUNED_SCORES = False  # a pretrained model has no head for these labels
 TURNED_AWAY = 0.05  # share of the dev rows that a threshold may turn away wrongly, where dev has no out-of-scope rows to set it by
 
@@ -61,23 +62,32 @@ def facts(rows, shared) -> dict:
 
 
 def make(shared, source, tokenizer, facts) -> Task:
-    """The task for this model."""
-    if models.kind(source) == "encoder-decoder":
-        raise UserError(f"--task classify: {source.used} is an encoder-decoder; use an encoder (minilm) or a decoder-only model")
+    """The task for this model. An encoder-decoder reads the text with both its stacks; its head reads where the text ends."""
     names = list(facts["labels"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    kind, own = models.kind(source), {}  # own: what the model's config says besides the labels
+    if kind == "encoder":
+        own = {"classifier_pooling": models.pooling(source) if shared.pooling == "auto" else shared.pooling}
+    elif shared.pooling != "auto":
+        raise UserError(f"--pooling is for encoders; {source.used} is {models.KINDS[kind]}, which decides at its end: leave it out")
+    if kind == "encoder-decoder":
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {source.used} has no token that ends a text: use another encoder-decoder")
+        own = {"use_cache": False}  # nothing is written after it
     problem = "multi_label_classification" if shared.multi_label else "single_label_classification"
     return Task("classify", "SEQ_CLS", AutoModelForSequenceClassification, source, tokenizer, shared.max_length,
-                encode=partial(encode, tokenizer=tokenizer, shared=shared, labels=facts["labels"]),
+                encode=partial(encode, tokenizer=tokenizer, shared=shared, labels=facts["labels"], ended=kind == "encoder-decoder"),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.rows, outputs=lambda parts: (parts[0].logits.float(),),
                 metrics=partial(dev_metrics, shared=shared), per_token=False,
-                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": problem})
+                config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": problem,
+                        **own}, head="classification_head" if kind == "encoder-decoder" else None)
 
 
 def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
-           labels: dict[str, int]) -> tuple[Dataset, dict]:
-    """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights.
+           labels: dict[str, int], ended: bool = False) -> tuple[Dataset, dict]:
+    """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights. `ended`: for a
+    model that reads one text and decides at the token that ends it.
 
     A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. A row of
     more than `shared.max_length` tokens loses its end, a context its beginning. Raises `UserError`.
@@ -85,13 +95,15 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     mean = sum(labels.values()) / len(labels)
     balanced = training and shared.class_weights == "balanced"
     one = partial(_encode, tokenizer=tokenizer, shared=shared, index={label: i for i, label in enumerate(labels)}, training=training,
-                  weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
+                  ended=ended, weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
     features, counts, left_out, refused = encoding.encode(rows, name, one, "row", on_bad_row, shared.preprocessing_num_workers)
     if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
     sentences = []
     if counts["shortened"]:
         sentences.append(f"{counts['shortened']} rows exceed --max_length {shared.max_length} and lost their end")
+    if counts["ends"]:
+        sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
     if left_out:
         sentences.append(f"{len(left_out)} out-of-scope rows are not trained on")
     return features, {
@@ -100,7 +112,7 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
 
 
 def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[str, float] | None,
-            training: bool) -> tuple[dict | None, dict]:
+            training: bool, ended: bool) -> tuple[dict | None, dict]:
     own = [str(label) for label in (row["label"] if shared.multi_label else [row["label"]])]
     if unknown := [label for label in own if label not in index and label != shared.oos_label]:
         raise encoding.Refused(f"label {unknown[0]!r} does not occur in the train rows",
@@ -108,24 +120,34 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
     outside = shared.oos_label in own
     if outside and training:
         return None, {}
-    feature, length = _tokens(row, tokenizer, shared.max_length)
+    feature, length = _tokens(row, tokenizer, shared.max_length, ended)
+    counts = {"shortened": length > shared.max_length, "supervised": not outside}
+    if ended:
+        counts["ends"] = feature["input_ids"].count(tokenizer.eos_token_id) > 1
+        feature["input_ids"] = _end_once(feature["input_ids"], tokenizer.eos_token_id, shared.max_length)
     if shared.multi_label:
         feature["labels"] = [float(label in own) for label in index]
     else:
         feature["labels"] = IGNORE if outside else index[own[0]]
     if weights:
         feature["weights"] = weights[own[0]]
-    return feature, {"shortened": length > shared.max_length, "tokens": len(feature["input_ids"]), "supervised": not outside}
+    return feature, {**counts, "tokens": len(feature["input_ids"])}
 
 
-def _tokens(row: dict, tokenizer, max_length: int) -> tuple[dict, int]:
+def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, int]:
     """(features of a text and what goes with it, the number of tokens they would have in full)."""
     text, pair = row["text"], row.get("text_pair")
-    if pair and tokenizer.sep_token is None:  # a decoder reads one text, and decides at its last token
+    one = ended or tokenizer.sep_token is None  # a model that decides where the text ends reads one text
+    if pair and one:
         text, pair = f"{pair}\n{text}", None
     whole = len(tokenizer(text, pair)["input_ids"])
     encoding = tokenizer(text, pair, truncation="longest_first", max_length=max_length)
-    return {key: encoding[key] for key in ("input_ids", "token_type_ids") if key in encoding}, whole
+    return {key: encoding[key] for key in ("input_ids", *(() if one else ("token_type_ids",))) if key in encoding}, whole
+
+
+def _end_once(ids: list[int], end: int, max_length: int) -> list[int]:
+    """`ids` with `end` at the end and nowhere else: the head of an encoder-decoder reads at the last one, and wants as many in each row."""
+    return [token for token in ids if token != end][: max_length - 1] + [end]
 
 
 def collate(features: list[dict], tokenizer) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 256
 UNIT = "rows"
+MODELS = dict.fromkeys(models.KINDS, AutoModelForTokenClassification)
 UNTUNED_SCORES = False  # a pretrained model has no head for these tags
 COLUMNS = {"loss": "loss", "f1": "F1", "precision": "precision", "recall": "recall", "f1_macro": "macro F1", "accuracy": "accuracy"}
 
@@ -50,8 +51,6 @@ def facts(rows, shared) -> dict:
 
 def make(shared, source, tokenizer, facts) -> Task:
     """The task for this model. Raises `UserError` for a tokenizer that does not say which word a token is from."""
-    if models.kind(source) == "encoder-decoder":
-        raise UserError(f"--task tag: {source.used} is an encoder-decoder; use an encoder (minilm) or a decoder-only model")
     if not tokenizer.is_fast:
         raise UserError(f"{source.used} has no tokenizer.json, which says which word a token is from: choose another model")
     if tokenizer.pad_token is None:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models
 from recipes.common.chat import IGNORE
@@ -21,6 +21,11 @@ from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 256
 UNIT = "pairs"
+MODELS = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": "can't write: use an encoder-decoder, or a decoder-only model (smollm2)",
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
 UNTUNED_SCORES = True  # a pretrained model can be asked the same
 # Multilingual models that write the language of a code, which the rows do not name. M2M-100 and NLLB are the same type.
 LANGUAGE_CODES = {"mbart", "m2m_100", "nllb-moe", "plbart"}
