@@ -1,14 +1,25 @@
 """Rows and features on disk: the same rows, features and counts as in memory, by any number of processes, and again from the cache."""
 
 import hashlib
+import itertools
 import json
+import os
+import re
 import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
-from conftest import DIALOGUES
+from conftest import DIALOGUES, tiny_tokenizer
+from datasets import IterableDataset
+from test_methods import run_recipe
+from test_resume import Interrupted, Killed, curve, same, trained
 
 from recipes import lora
-from recipes.common import args, tasks
+from recipes.common import args, chat, data, disk, encoding, runs, streaming, tasks
+from recipes.common.errors import UserError
 
 
 def put(path, rows):
@@ -104,3 +115,288 @@ def test_features_and_counts_are_those_of_rows_in_memory(flags, folder, tiny):
     assert digests(load(tiny, *shlex.split(flags))) == GOLDEN[flags]
 
 
+
+
+# ----------------------------------------------------------------------------------------------------------- rows on disk
+
+
+def test_stored_rows_are_like_a_list():
+    rows = [{"n": n, "text": "你好" * n, "more": [None, {"a": 1.5, "b": (n, {n})}]} for n in range(2500)]  # more than two chunks
+    stored = disk.store(iter(rows))
+    assert len(stored) == 2500 and stored == rows and list(stored) == rows and stored[-1] == rows[-1]
+    assert stored[990:1010] == rows[990:1010] and stored[:None] == rows and stored[3000:] == []
+    assert stored.take([7, 7, 2499]) == [rows[7], rows[7], rows[2499]]
+    both = stored[2:4] + disk.store(rows[:1]).take([0, 0])
+    assert both == [rows[2], rows[3], rows[0], rows[0]] and both[1:].take([2]) == [rows[0]]
+    assert stored != rows[:-1] and stored[:1] != rows[1:2]
+    assert disk.store([]) == [] and disk.store([]) + stored[:1] == rows[:1] and not disk.store([])
+    with pytest.raises(IndexError):
+        stored[2500]
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    def full(self, batch):
+        raise OSError(28, "No space left on device")
+
+    class Full:
+        write_batch = full
+
+    monkeypatch.setattr(pa.ipc, "new_stream", lambda *_: Full())
+    with pytest.raises(UserError, match=r"can't hold the rows \(No space left on device\): name a folder on a larger disk in HF_DATASETS_CACHE"):
+        disk.store([{"a": 1}])
+
+
+def test_a_lone_surrogate_is_found_anywhere():
+    for text in ("\ud800", "a\udfff", "\udbff\udc00"):
+        assert data.shapes.half_a_character(text)
+    assert not data.shapes.half_a_character("a\ud7ff\ue000😊")
+
+
+# ------------------------------------------------------------------------------------------------------ several processes
+
+
+def double(row):
+    if row["n"] == 2600:
+        raise encoding.Refused("too many", "ask for less")
+    return (None if row["n"] % 1000 == 7 else {"input_ids": [row["n"]] * 2, "empty": []}), {"seen": 1, "even": row["n"] % 2 == 0}
+
+
+def dies(row):
+    os.kill(os.getpid(), 9)
+
+
+@pytest.fixture(scope="module")
+def many():
+    return disk.store({"n": n} for n in range(3300))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_any_number_of_processes_gives_the_same(many, processes):
+    features, counts, left_out, refused = encoding.encode(many, "rows.jsonl", double, "row", "skip", processes)
+    kept = [n for n in range(3300) if n % 1000 != 7 and n != 2600]
+    assert list(features) == [{"input_ids": [n, n], "empty": []} for n in kept]
+    assert counts == {"seen": 3299, "even": 1649} and left_out == [8, 1008, 2008, 3008] and refused == {2601: "row 2601: too many"}
+    with pytest.raises(UserError, match=r"^rows.jsonl, row 2601: too many \(ask for less\)$"):
+        encoding.encode(many, "rows.jsonl", double, "row", "stop", processes)
+
+
+def test_a_process_that_is_killed_is_told(many):
+    with pytest.raises(UserError, match="ended from outside, most likely for want of memory: use fewer with --preprocessing_num_workers"):
+        encoding.encode(many, "rows.jsonl", dies, "row", "skip", 2)
+
+
+def test_twenty_thousand_rows_are_never_all_in_memory(tmp_path, monkeypatch):
+    """Counted, not timed: rows are read, checked, stored and tokenized with no more of them alive than some chunks."""
+    alive = most = 0
+
+    class Row(dict):
+        def __init__(self, *given):
+            nonlocal alive, most
+            super().__init__(*given)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+        def __reduce__(self):
+            return Row, (dict(self),)
+
+    check = data.check_dialogue
+    monkeypatch.setattr(data.shapes, "dialogue", lambda row, pairs: (Row(row), None))
+    put(tmp_path / "a.jsonl", ({"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Yo"}]} if i % 100
+                               else {"messages": []} for i in range(20_000)))
+    read = data.read(tmp_path / "a.jsonl", check, "skip")
+    assert len(read.rows) == 19_800 and len(read.skipped) == 200 and most <= disk.CHUNK + 2
+    features, counts, left_out, refused = encoding.encode(
+        read.rows, "a.jsonl", lambda row: ({"input_ids": [len(row["messages"][0]["content"])]}, {"n": 1}), "row", "stop", 1)
+    assert len(features) == counts["n"] == 19_800 and not left_out and not refused and most <= 2 * disk.CHUNK + 2
+    kept = list(read.rows)
+    assert most == len(kept) == 19_800, "the count does see rows that are kept"
+
+
+# -------------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_second_run_starts_from_the_cache(folder, tiny, capsys, monkeypatch):
+    flags = ("llama", "--data", "a.jsonl", "--on_bad_row", "skip", "--replay", "b.jsonl:0.2")
+    first = load(tiny, *flags)
+    assert "from the cache" not in capsys.readouterr().out and not first.report["tokenized"]["from_cache"]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read", None)  # no row is read again
+        patch.setattr(chat, "encode", None)
+        second = load(tiny, *flags, "--r_drop", "1", "--learning_rate", "0.1", "--preprocessing_num_workers", "1")
+    out = capsys.readouterr().out
+    assert f"tokenized rows from the cache, as neither they nor what reads them has changed: {first.report['tokenized']['folder']}" in out
+    assert "skipped row 21: broken JSON" in out and second.report["tokenized"]["from_cache"]
+    assert digests(second) == digests(first)
+
+
+@pytest.mark.parametrize("change", ["byte", "seed", "max_length", "template", "code", "context"])
+def test_what_changes_the_rows_or_their_reading_is_never_taken_from_the_cache(folder, tiny, change, monkeypatch, tmp_path_factory):
+    load(tiny, "llama", "--data", "c")
+    flags = {"seed": ("--seed", "7"), "max_length": ("--max_length", "99"), "context": ("--dev_fraction", "0.2")}.get(change, ())
+    if change == "byte":
+        path = folder / "c" / "dev.jsonl"
+        path.write_text(path.read_text(encoding="utf-8").replace("d3", "d4"), encoding="utf-8")
+    if change == "code":
+        monkeypatch.setattr(disk, "_code", lambda: "another")
+    if change == "template":
+        model = tmp_path_factory.mktemp("model") / "llama"
+        shutil.copytree(tiny("llama"), model)
+        tokenizer = tiny_tokenizer("llama")
+        tokenizer.chat_template = tokenizer.chat_template.replace("\n", " ")
+        tokenizer.save_pretrained(model)
+        tiny = {"llama": model}.__getitem__
+    assert not load(tiny, "llama", "--data", "c", *flags).report["tokenized"]["from_cache"]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the end", "a file", "the record"])
+def test_a_damaged_entry_is_made_anew(folder, tiny, damage, capsys):
+    first = load(tiny, "llama", "--data", "c")
+    entry = Path(first.report["tokenized"]["folder"])
+    wanted, path = digests(first), entry / ("entry.json" if damage == "the record" else "train.arrow")
+    del first
+    content = bytearray(path.read_bytes())
+    path.unlink()  # a new file, as the old one may still be mapped into memory
+    if damage == "a bit":
+        content[len(content) // 2] ^= 1
+    if damage != "a file":
+        path.write_bytes(content[: -9 if damage in ("the end", "the record") else None])
+    capsys.readouterr()
+    again = load(tiny, "llama", "--data", "c")
+    assert "are damaged (" in capsys.readouterr().out and not again.report["tokenized"]["from_cache"] and digests(again) == wanted
+    assert load(tiny, "llama", "--data", "c").report["tokenized"]["from_cache"]
+
+
+def test_an_entry_that_is_interrupted_leaves_nothing(folder, tiny, monkeypatch):
+    before = set(disk.cache().iterdir())
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load(tiny, "llama", "--data", "c", "--dev_fraction", "0.34")
+    assert set(disk.cache().iterdir()) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- streaming
+
+STEPS = ("--streaming", "--max_steps", "12", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--logging_steps",
+         "1", "--save_steps", "2", "--eval_steps", "4", "--load_best_model_at_end", "False", "--max_eval_samples", "3", "--shuffle_buffer",
+         "4", "--dropout", "0.1", "--learning_rate", "0.01", "--on_bad_row", "skip")
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """13 good rows, of which 3 are for dev, one is too long to learn and one is refused: 9 are trained on, so 24 take three passes."""
+    path = tmp_path_factory.mktemp("stream") / "a.jsonl"
+    put(path, [*chats(3, "dev"), *chats(4), "{", {"messages": [{"role": "user", "content": "x" * 999}, {"role": "assistant", "content": "y"}]},
+               *chats(5, "r")])
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["lora", "adalora"])
+def test_a_stream_that_is_interrupted_and_resumed_equals_one_that_is_not(long, tiny, tmp_path, recipe, capsys):
+    steps = STEPS if recipe == "lora" else (*STEPS, "--init_rank", "4", "--target_rank", "2", "--every", "1", "--last_share", "0.2")
+    through = run_recipe(recipe, tiny("gpt2"), long, tmp_path / "through", *steps)
+    out = capsys.readouterr().out
+    assert "streamed, shuffled among 4 rows at a time" in out and f"skipped {long}, row 8: broken JSON" in out
+    assert f"skipped {long}, row 9: exceeds --max_length 160" in out
+    with pytest.raises(Killed):
+        run_recipe(recipe, tiny("gpt2"), long, tmp_path / "run", *steps, trainer_class=Interrupted)
+    resumed = run_recipe(recipe, tiny("gpt2"), long, tmp_path / "run", *steps, "--resume_from_checkpoint")
+    assert len(curve(through, "loss")) == 12 and len(curve(through, "eval_loss")) == 3
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert curve(resumed, key) == curve(through, key)
+    assert same(trained(resumed.model), trained(through.model))
+    splits = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["data"]["splits"]
+    assert splits["train"]["kept"] == 24 and splits["train"]["rows"] == 24 + splits["train"]["skipped"] and splits["dev"]["kept"] == 3
+
+
+def stream(path, one, processes=1, buffer=4, held_out=0, **more):
+    report = {"source": str(path)}
+    shared = SimpleNamespace(on_bad_row="stop", max_length=9, shuffle_buffer=buffer, **more)
+    read = lambda skipped: streaming.rows([data.formats.identify(path, whole=False)], data.check_pretrain, None, "stop", skipped)  # noqa: E731
+    return [streaming.Stream(read, one, report, shared, held_out, 3, process, processes) for process in range(processes)]
+
+
+def texts(streams, n):
+    return [[feature["input_ids"] for feature in itertools.islice(own, n)] for own in streams]
+
+
+def test_each_pass_has_every_row_once_in_another_order_and_the_processes_share_them(tmp_path):
+    put(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(20)])
+    one = lambda row: ({"input_ids": row["text"]}, {})  # noqa: E731
+    [alone] = texts(stream(tmp_path / "a.jsonl", one, held_out=2), 36)
+    wanted = {str(i) for i in range(2, 20)}
+    assert len(set(alone[:18])) == 18 and set(alone[:18]) == set(alone[18:]) == wanted and alone[:18] != alone[18:] != sorted(wanted, key=int)
+    assert texts(stream(tmp_path / "a.jsonl", one, held_out=2), 36) == [alone], "the same again"
+    shares = texts(stream(tmp_path / "a.jsonl", one, processes=3, held_out=2), 6)
+    assert sorted(sum(shares, [])) == sorted(wanted) and shares == [alone[process:18:3] for process in range(3)]
+
+
+def test_a_stream_without_a_row_to_train_on_is_told(tmp_path):
+    put(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    for one, held_out in ((lambda row: (None, {}), 0), (lambda row: ({}, {}), 2)):
+        with pytest.raises(UserError, match=r"a\.jsonl: no row is left to train on"):
+            next(iter(stream(tmp_path / "a.jsonl", one, held_out=held_out)[0]))
+
+
+def test_a_bad_row_of_a_stream_is_told_when_it_comes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": 5}\n')
+    own = iter(stream(path, lambda row: (row, {}), buffer=1)[0])
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: .*text.*\(--on_bad_row skip"):
+        [next(own) for _ in range(2)]
+    path.write_bytes(b'{"text": "a"}\n' * 2000 + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, after row \d+: no utf-8 text \(byte 0xe9\); save the file as UTF-8"):
+        list(itertools.islice(stream(path, lambda row: (row, {}), buffer=1)[0], 3000))
+
+
+def test_a_stream_of_the_hub_is_read_like_a_file():
+    split = IterableDataset.from_generator(lambda: iter([{"text": "a", "none": None}, {"text": "b", "none": None}]))
+    file = data.hub_split(split, "some/set (train)", whole=False)
+    assert [row for _, row in streaming.rows([file], data.check_pretrain, None, "stop", None)] == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("flags, said", [
+    ((), "say how long to train with --max_steps N"),
+    (("--max_steps", "3", "--replay", "b.jsonl:0.5"), "--replay needs to know all rows"),
+    (("--max_steps", "3", "--max_train_samples", "5"), "--max_train_samples needs to know all rows"),
+    (("--max_steps", "3", "--dataloader_num_workers", "2"), "--dataloader_num_workers: the process that trains reads the stream"),
+    (("--max_steps", "3", "--train_sampling_strategy", "group_by_length"), "a stream comes in its own order"),
+    (("--max_steps", "3", "--data", "a.jsonl:0.5", "b.jsonl:0.5"), "leave the weights out"),
+    (("--max_steps", "3", "--data", "a.json"), "a.json can only be read whole"),
+    (("--max_steps", "3", "--task", "classify", "--data", "labels.jsonl"), "--task classify must know all rows, for their labels"),
+])
+def test_what_a_stream_can_not_do_is_told(folder, tiny, flags, said):
+    (folder / "a.json").write_text(json.dumps(chats(3), indent=1), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(tiny, "bert" if "classify" in flags else "llama", "--data", "b.jsonl", "--streaming", *flags)
+
+
+def test_dev_rows_of_a_stream_come_from_the_dev_file_where_there_is_one(folder, tiny):
+    task = load(tiny, "llama", "--data", "c", "--streaming", "--max_steps", "3")
+    assert len(task.dev) == 5 and task.train.held_out == 0 and not hasattr(task.train, "__len__")
+    pairs = load(tiny, "t5", "--task", "translate", "--data", "pairs.jsonl", "--streaming", "--max_steps", "3", "--max_eval_samples", "4")
+    assert len(pairs.dev) == 4 and next(iter(pairs.train))["input_ids"]
+    assert runs.steps(0, SimpleNamespace(max_steps=3)) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("turns", [*(row["messages"] for row in DIALOGUES), [{"role": "user", "content": "Hi", "train": False, "n": 1}],
+                                   [{"role": "user", "content": "Hi", "other": None}], [{"role": "user", "content": "", "thinking": "so"}]])
+def test_plain_turns_are_rendered_as_the_tokenizer_does(kind, turns):
+    tokenizer = tiny_tokenizer(kind)
+    chat.prepare(tokenizer)
+    tokenizer.chat_template += "{{ messages[0].reasoning_content }}{{ messages[0].n }}{{ messages[0].other is defined }}{{ tools is none }}"
+    for asked in (True, False):
+        wanted = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asked)
+        assert chat._render(turns, tokenizer, asked) == wanted

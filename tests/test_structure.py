@@ -56,7 +56,8 @@ MAY_IMPORT = {
     "regularize": {"errors", "losses"},
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
-    "tasks": {"args", "errors", "chat", "data", "disk", "encoding", "evaluation",
+    "streaming": {"data", "encoding", "errors", "formats"},
+    "tasks": {"args", "errors", "chat", "data", "disk", "streaming", "encoding", "evaluation",
               "generation", "losses", "metrics", "models", "regularize", "trainer"},
 }
 

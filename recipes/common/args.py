@@ -49,6 +49,8 @@ class SharedArguments:
     on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
     max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)", at_least=1)
     max_eval_samples: int = option(None, "evaluate on the first N dev rows only", at_least=1)
+    streaming: bool = option(False, "read the train rows while training, from sources of any size, and keep nothing; needs --max_steps")
+    shuffle_buffer: int = option(10_000, "of --streaming: rows among which the next one is drawn", at_least=1)
     preprocessing_num_workers: int = option(None, "processes that tokenize (default: one a CPU core)", at_least=1)
     early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never", at_least=0)
 
@@ -152,6 +154,8 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                 setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
+    if shared.streaming:  # there are no epochs
+        defaults |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.1}
     training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
     _check(shared, training, argv)
     method.check(shared, training)
@@ -279,6 +283,16 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
+    if shared.streaming:
+        if training.max_steps <= 0:
+            raise UserError("--streaming does not know how many rows there are: say how long to train with --max_steps N")
+        for name in ("replay", "measure_forgetting", "max_train_samples"):
+            if getattr(shared, name):
+                raise UserError(f"--{name} needs to know all rows, and --streaming never does: leave one of them out")
+        if training.dataloader_num_workers:
+            raise UserError("--dataloader_num_workers: the process that trains reads the stream as well: leave it out")
+        if training.train_sampling_strategy != "random":
+            raise UserError(f"--train_sampling_strategy {training.train_sampling_strategy}: a stream comes in its own order: leave it out")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
     if shared.replay and shared.measure_forgetting:

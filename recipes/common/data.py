@@ -109,20 +109,20 @@ def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on
     asked = sources(data)
     parts = [{split: read(file, check, on_bad_row, columns) for split, file in found.items()} for found in files or identify(data, columns)]
     _hold_out(parts, dev_fraction, seed)
-    splits = {split: _join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
+    splits = {split: join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
     if asked[0].weight is not None:
         _mix(splits["train"], [part["train"] for part in parts], [source.weight for source in asked], seed)
     return splits
 
 
-def identify(data: str | list[str], columns: str | None = None) -> list[dict[str, File]]:
-    """The files of each source by split, all their bytes looked at. Raises `UserError` for one that can't be read or trained on."""
+def identify(data: str | list[str], columns: str | None = None, whole: bool = True) -> list[dict[str, File]]:
+    """The files of each source by split, looked at `whole` or at their start. Raises `UserError` for one that can't be trained on."""
     identified = []
     for source in sources(data):
-        found = find(source.name)
+        found = find(source.name, whole)
         if "train" not in found:
             raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
-        identified.append({split: file if isinstance(file, File) else formats.identify(file, parse_columns(columns))
+        identified.append({split: file if isinstance(file, File) else formats.identify(file, parse_columns(columns), whole)
                            for split, file in found.items()})
     return identified
 
@@ -133,7 +133,7 @@ def load_split(data: str | list[str], split: str, check: Check, dev_fraction: fl
     found = [find(source.name) for source in sources(data)]
     if split == "test" or (split == "dev" and all("dev" in files for files in found)):
         parts = [read(files[split], check, on_bad_row, columns) for files in found if split in files]
-        return _join(parts) if parts else None
+        return join(parts) if parts else None
     return load(data, check, dev_fraction, seed, on_bad_row, columns)[split]
 
 
@@ -162,14 +162,14 @@ def sources(data: str | list[str]) -> list[Source]:
     return found
 
 
-def find(data: str) -> dict[str, Path | File]:
-    """The files of one source by split, downloaded from the Hub if it names a data set there. Raises `UserError` when there is none."""
+def find(data: str, whole: bool = True) -> dict[str, Path | File]:
+    """The files of one source by split. A data set of the Hub is downloaded whole, or read from there. Raises `UserError` for none."""
     path = Path(data)
     if path.is_file():
         return {"train": path}
     if not path.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A) and not formats.suggested(path):
-            return _hub(data)
+            return _hub(data, whole)
         raise UserError(f"--data {data}: no such file or folder")
     found = {}
     for split, names in SPLITS.items():
@@ -244,7 +244,7 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         train.rows = train.rows.take(np.flatnonzero(~taken))
 
 
-def _join(parts: list[Rows]) -> Rows:
+def join(parts: list[Rows]) -> Rows:
     """The rows of several sources, one source after the other."""
     if len(parts) == 1:
         return Rows(parts[0].rows, parts[0].source, parts[0].sha256, parts[0].skipped, [*parts[0].notes])
@@ -283,7 +283,7 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
 
 
 @functools.cache
-def _hub(name: str) -> dict[str, File]:
+def _hub(name: str, whole: bool = True) -> dict[str, File]:
     """The splits of the Hub data set NAME or NAME:CONFIG. Asks the Hub first, as `datasets` alone would try for half a minute."""
     import datasets
     from huggingface_hub import HfApi, constants
@@ -302,7 +302,7 @@ def _hub(name: str) -> dict[str, File]:
         constants.HF_HUB_OFFLINE = True  # for what follows: it may still be in the cache, and retries would take half a minute
     unreachable = constants.HF_HUB_OFFLINE
     try:
-        loaded = datasets.load_dataset(repository, config or None)
+        loaded = datasets.load_dataset(repository, config or None, streaming=not whole)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         if unreachable:
             raise UserError(f"--data {name}: no such file or folder here, and no data set of that name is in the cache while the Hugging "
@@ -312,15 +312,16 @@ def _hub(name: str) -> dict[str, File]:
         constants.HF_HUB_OFFLINE = offline
     if unreachable:
         print(f"note: the Hub can't be reached; {name} is taken from the cache")
-    found = {split: next((hub_split(loaded[own], f"{name} ({own})") for own in names if own in loaded), None)
+    found = {split: next((hub_split(loaded[own], f"{name} ({own})", whole) for own in names if own in loaded), None)
              for split, names in SPLITS.items()}
     if not any(found.values()):
         raise UserError(f"--data {name}: the data set has no split train, dev, validation, val or test, but {', '.join(loaded)}")
     return {split: file for split, file in found.items() if file}
 
 
-def hub_split(split, name: str) -> File:
-    """A `datasets.Dataset` as a file to read. Class numbers become their names; the hash is that of the rows, as JSON lines."""
+def hub_split(split, name: str, whole: bool = True) -> File:
+    """A `datasets.Dataset`, or without `whole` an `IterableDataset`, as a file to read. Class numbers become their names; the hash is that
+    of the rows, as JSON lines."""
     from datasets import ClassLabel, List
 
     def named(feature, value):
@@ -329,8 +330,10 @@ def hub_split(split, name: str) -> File:
         return feature.int2str(value) if isinstance(feature, ClassLabel) and value is not None and value >= 0 else value
 
     def rows():
-        return ({key: named(split.features[key], value) for key, value in row.items()} for row in split)
+        return ({key: named((split.features or {}).get(key), value) for key, value in row.items()} for row in split)
 
+    if not whole:
+        return File(name, "hub", "streamed", columns=split.column_names, hub=rows)
     digest = hashlib.sha256()
     for row in rows():
         digest.update(json.dumps(row, default=str).encode() + b"\n")

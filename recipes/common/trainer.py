@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
@@ -111,6 +112,13 @@ class RecipeTrainer(Trainer):
         if self.adversary is None:
             return step()
         return self.adversary.train(step, loss, inputs["attention_mask"].to(self.args.device))
+
+    def get_train_dataloader(self):
+        """The Trainer's; of a stream, one that Accelerate does not divide again: each process reads a share of its own."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator,
+                          pin_memory=self.args.dataloader_pin_memory)
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's, its learning rates scaled by --layer_lr_decay."""

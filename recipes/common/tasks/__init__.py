@@ -14,10 +14,12 @@ task, or why it can't. With what a method says itself (args.Method.refuses), thi
 """
 
 import importlib
+import itertools
 import random
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,9 +27,10 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from recipes.common import args, data, disk, losses, models, regularize
+from recipes.common import args, data, disk, encoding, losses, models, regularize, streaming
 from recipes.common.errors import UserError
 
+DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
 # Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
 NOT_OF_ROWS = {"model", "fallback_model", "start_from", "preprocessing_num_workers", "early_stopping_patience", "layer_lr_decay",
                "model_dropout", "adversarial", "adversarial_epsilon", "r_drop"}
@@ -44,6 +47,7 @@ class Task:
     tokenizer: object
     max_length: int  # tokens of the longest row
     encode: Callable[..., tuple[Dataset, dict]]  # (rows, name, on_bad_row, training) -> features, counts of what was shortened and left out
+    one: encoding.One | None = field(default=None, kw_only=True)  # what encode does with a row, for tasks whose rows can be streamed
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
     loss: Callable[..., list[losses.Part]]
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
@@ -121,6 +125,10 @@ def _load(shared, method, training) -> Task:
         source = models.resolve(shared.model, shared.fallback_model)
     check_cell(shared.task, source, method)
     tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
+    if shared.streaming:
+        task = _stream(kind, shared, training, source, tokenizer)
+        task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+        return task
     old = _old_source(shared)
     files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
     folder = disk.cache() / disk.key(
@@ -141,6 +149,28 @@ def _load(shared, method, training) -> Task:
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
     task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
     task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+    return task
+
+
+def _stream(kind, shared, training, source, tokenizer) -> Task:
+    """The task with train rows that are read while it trains. Dev rows are those of a dev file, or the first of the train rows."""
+    files = streaming.files(shared.data, shared.columns)
+    read = partial(streaming.rows, [found["train"] for found in files], kind.check(shared), shared.columns, shared.on_bad_row)
+    name, limit = " + ".join(found["train"].name for found in files), shared.max_eval_samples or DEV_ROWS
+    first = disk.store(row for _, row in itertools.islice(read(lambda sentence: None), max(limit, 1000)))
+    devs = [data.read(found["dev"], kind.check(shared), shared.on_bad_row, shared.columns) for found in files if "dev" in found]
+    dev = data.join(devs) if devs else data.Rows(first[:limit], f"{name} (first {len(first[:limit])} rows)", "streamed")
+    task = _make(kind, shared, source, tokenizer, kind.facts(first, shared))
+    if task.one is None:
+        raise UserError(f"--streaming: --task {task.name} must know all rows, for their labels, before it begins: leave it out")
+    features, splits = _encode(task, {"dev": dev}, shared)
+    report = {"source": name, "sha256": "streamed", "unit": kind.UNIT, "items": "tokens", "sentences": [], "notes": [
+        f"streamed, shuffled among {shared.shuffle_buffer:,} rows at a time; the counts are those of "
+        + ("the run" if training.world_size == 1 else f"the first of {training.world_size} processes")]}
+    task.train = streaming.Stream(read, task.one, report, shared, 0 if devs else len(dev.rows), training.seed, training.process_index,
+                                  training.world_size)
+    task.dev = features["dev"]
+    task.report |= {"max_length": task.max_length, "splits": {"train": report, **splits}}
     return task
 
 
@@ -271,11 +301,14 @@ def print_report(task: Task) -> None:
     """The run's first lines on the screen: the model, and what became of the rows."""
     source, report = task.source, task.report
     print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
-    if report["tokenized"]["from_cache"]:
+    if report.get("tokenized", {}).get("from_cache"):
         print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):
         print(f"note: {note}")
     for split, c in report["splits"].items():
+        if "rows" not in c:
+            print(f"{split}: {c['source']}, {c['notes'][0]}")
+            continue
         print(f"{split}: {c['kept']} of {c['rows']} {c['unit']}, {c['tokens']:,} tokens, {c['supervised']:,} {c['items']} trained on "
               f"({c['source']})")
         for sentence in c["notes"] + c["sentences"]:

@@ -43,24 +43,22 @@ def facts(rows, shared) -> dict:
     return {"system": systems.most_common(1)[0][0] if systems else None}
 
 
-def make(shared, source, tokenizer, facts) -> Task:
+def make(shared, source, tokenizer, facts, turns=itemgetter("messages")) -> Task:
     """The task for this model. Raises `UserError` for a tokenizer or chat template that can't be trained on safely."""
     note = chat.prepare(tokenizer)
+    one = partial(_encode, tokenizer=tokenizer, max_length=shared.max_length, turns=turns)
     return Task("chat", "CAUSAL_LM", AutoModelForCausalLM, source, tokenizer, shared.max_length,
-                encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length,
-                               processes=shared.preprocessing_num_workers),
+                encode=partial(encode, one=one, max_length=shared.max_length, processes=shared.preprocessing_num_workers), one=one,
                 collate=partial(chat.pad, pad_id=tokenizer.pad_token_id), loss=losses.next_token,
                 generation=models.generation_config(tokenizer), report={"notes": [note] if note else []})
 
 
-def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int, processes: int | None = None,
-           turns=itemgetter("messages")) -> tuple[Dataset, dict]:
+def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, one: encoding.One, max_length: int,
+           processes: int | None = None) -> tuple[Dataset, dict]:
     """Tokenize dialogues into columns input_ids, labels; counts what was shortened or left out. Raises `UserError`.
 
-    `turns`: a row -> its dialogue. One that the model's chat template refuses (no system turn, strict alternation) is a bad row, for this
-    model.
+    One that the model's chat template refuses (no system turn, strict alternation) is a bad row, for this model.
     """
-    one = partial(_encode, tokenizer=tokenizer, max_length=max_length, turns=turns)
     features, counts, left_out, refused = encoding.encode(rows, name, one, "dialogue", on_bad_row, processes)
     if features is None and len(refused) < len(rows):
         raise UserError(f"{name}: no dialogue has a supervised token within --max_length {max_length}; raise --max_length")
@@ -79,6 +77,7 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
 
 
 def _encode(row: dict, tokenizer, max_length: int, turns) -> tuple[dict | None, dict]:
+    """`turns`: a row -> its dialogue."""
     try:
         encoded = chat.encode(turns(row), tokenizer, max_length)
     except chat.TemplateError as error:

@@ -55,9 +55,8 @@ def make(shared, source, tokenizer, facts) -> Task:
         return _encoder_decoder(shared, source, tokenizer)
     if shared.source_prefix:
         raise UserError(f"--source_prefix is for encoder-decoders; {source.used} is a decoder-only model: use --instruction")
-    task = chat_task.make(shared, source, tokenizer, facts)
-    task.name = "translate"
-    task.encode = partial(_encode_dialogue, encode=partial(task.encode, turns=partial(dialogue, instruction=shared.instruction)))
+    task = chat_task.make(shared, source, tokenizer, facts, turns=partial(dialogue, instruction=shared.instruction))
+    task.name, task.encode = "translate", partial(_encode_dialogue, encode=task.encode)
     return task
 
 
@@ -67,21 +66,20 @@ def _encoder_decoder(shared, source, tokenizer) -> Task:
                         "(Marian), or one that is asked in words (T5)")
     if tokenizer.eos_token is None or tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {source.used} has no token that ends or pads a text: use another encoder-decoder")
+    one = partial(_encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length)
     return Task("translate", "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, source, tokenizer, shared.max_length,
-                encode=partial(encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length,
-                               processes=shared.preprocessing_num_workers),
+                encode=partial(encode, one=one, max_length=shared.max_length, processes=shared.preprocessing_num_workers), one=one,
                 collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
                 generation=models.own_generation_config(source))
 
 
-def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, prefix: str, max_length: int,
+def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, one: encoding.One, max_length: int,
            processes: int | None = None) -> tuple[Dataset, dict]:
     """Tokenize pairs into columns input_ids (the source) and labels (the target and the token that ends it).
 
     A source of more than `max_length` tokens loses its end; a pair whose target is longer is left out, as a target without its end would
     teach the model not to stop. Both are counted. Raises `UserError` when nothing is left.
     """
-    one = partial(_encode, tokenizer=tokenizer, prefix=prefix, max_length=max_length)
     features, counts, left_out, _ = encoding.encode(rows, name, one, "pair", on_bad_row, processes)
     if features is None:
         raise UserError(f"{name}: every target is longer than --max_length {max_length}: raise it")
