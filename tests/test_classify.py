@@ -238,6 +238,44 @@ def test_a_loaded_run_is_pooled_alike(method, tiny, folder, tmp_path):
         assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= set(found["missing_keys"])
 
 
+# Where a new head starts
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+def test_a_new_head_starts_from_the_class_means(kind, tiny, capsys):
+    task = task_for(tiny(kind))
+    task.train, _ = task.encode(ROWS, "x", training=True)
+    model = task.load_model().eval()
+    assert "note: the new head starts from the mean states of the 4 labels" in capsys.readouterr().out
+    batch = task.collate([task.train[i] for i in range(len(task.train))])
+    labels = torch.tensor(task.train["labels"])
+    states = []
+    head = {"bert": "classifier", "t5": "classification_head.out_proj"}.get(kind, "score")
+    model.get_submodule(head).register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    with torch.no_grad():
+        [part] = losses.rows(model, batch)
+    states = states[0] if states[0].dim() == 2 else states[0][range(len(labels)), batch["attention_mask"].sum(1) - 1]
+    centre = states.mean(0) if kind in ("bert", "t5") else 0  # the head of a decoder has no bias
+    directions = F.normalize(states - centre, dim=1)
+    means = F.normalize(torch.stack([directions[labels == k].mean(0) for k in range(4)]), dim=1)
+    lengths = (states - centre).norm(dim=1, keepdim=True)
+    ratio = part.logits / (directions @ means.T * lengths / lengths.mean())
+    # One factor in all logits: the scale. The states were computed in bf16 where the hardware has it.
+    assert min(abs(ratio.median().item() / scale - 1) for scale in (5, 10, 15, 20, 30)) < 0.05
+
+
+def test_a_head_starts_at_random_where_that_is_asked_for_or_it_is_no_new_one(tiny, tmp_path, capsys):
+    random = task_for(tiny("bert"), head_start="random")
+    random.train, _ = random.encode(ROWS, "x", training=True)
+    random.load_model().save_pretrained(tmp_path / "m")
+    random.tokenizer.save_pretrained(tmp_path / "m")
+    old = task_for(tmp_path / "m")
+    old.train, _ = old.encode(ROWS, "x", training=True)
+    torch.testing.assert_close(old.load_model().classifier.weight,
+                               AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").classifier.weight)
+    assert "new head starts" not in capsys.readouterr().out
+
+
 # Whole runs
 
 

@@ -208,7 +208,7 @@ def test_twenty_thousand_rows_are_never_all_in_memory(tmp_path, monkeypatch):
     put(tmp_path / "a.jsonl", ({"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Yo"}]} if i % 100
                                else {"messages": []} for i in range(20_000)))
     read = data.read(tmp_path / "a.jsonl", data.check_dialogue, "skip")
-    assert len(read.rows) == 19_800 and len(read.skipped) == 200 and 1 <= Row.most <= 4  # of which some wait for nothing but the end of a loop
+    assert len(read.rows) == 19_800 and len(read.skipped) == 200 and 1 <= Row.most <= 4
     features, counts, left_out, refused = encoding.encode(
         read.rows, "a.jsonl", lambda row: ({"input_ids": [len(row["messages"][0]["content"])]}, {"n": 1}), "row", "stop", 1)
     assert len(features) == counts["n"] == 19_800 and not left_out and not refused and disk.CHUNK <= Row.most <= 2 * disk.CHUNK + 2

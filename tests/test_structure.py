@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "losses"},
     "prefix_start": set(),
+    "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
@@ -57,8 +58,8 @@ MAY_IMPORT = {
     "trainer": {"errors", "losses", "metrics", "regularize"},
     "runs": {"errors", "report"},
     "streaming": {"data", "encoding", "errors", "formats"},
-    "tasks": {"args", "errors", "chat", "data", "disk", "streaming", "encoding", "evaluation",
-              "generation", "losses", "metrics", "models", "regularize", "trainer"},
+    "tasks": {"args", "errors", "chat", "data", "disk", "encoding", "evaluation", "generation", "head_start", "losses", "metrics", "models",
+              "regularize", "streaming", "trainer"},
 }
 
 

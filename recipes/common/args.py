@@ -61,6 +61,8 @@ class SharedArguments:
                                                                task="classify")
     pooling: typing.Literal["auto", "mean", "cls"] = option("auto", "what an encoder's head sees: the mean of all tokens, or the first; "
                                                             "auto: as the checkpoint was trained", task="classify")
+    head_start: typing.Literal["prototypes", "random"] = option("prototypes", "a new head's weights: each class's mean state, or drawn at "
+                                                                "random, as with --multi_label", task="classify")
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
 

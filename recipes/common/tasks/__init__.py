@@ -56,6 +56,7 @@ class Task:
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
+    start_head: Callable | None = None  # (model, task) sets a new head to what the train rows tell
     head: str | None = None  # the new head's name where PEFT does not know it
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
@@ -67,12 +68,14 @@ class Task:
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
 
     def load_model(self, in_4bit: bool = False):
-        """The model that training starts from; `in_4bit`: its frozen matrices in 4 bits."""
+        """The model that training starts from, once `train` is there; `in_4bit`: its frozen matrices in 4 bits."""
         quantized = {"quantization_config": models.quantization(self.peft_type)} if in_4bit else {}
         model = models.load(self.source, self.auto_class, **self.config | self.dropout | quantized)
         if self.generation:
             model.generation_config = self.generation
         self.drawn_at_random = model.drawn_at_random
+        if self.start_head and self.train is not None and self.drawn_at_random:
+            self.start_head(model, self)
         return model
 
     def new_modules(self) -> list[str] | None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from recipes.common import data, disk, encoding, evaluation, losses, metrics, models
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.head_start import start_from_prototypes
 from recipes.common.tasks import Task, flags
 from recipes.common.trainer import dataset_outputs, mean_loss
 
@@ -81,7 +82,9 @@ def make(shared, source, tokenizer, facts) -> Task:
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.rows, outputs=lambda parts: (parts[0].logits.float(),),
                 metrics=partial(dev_metrics, shared=shared), per_token=False,
                 config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, "problem_type": problem,
-                        **own}, head="classification_head" if kind == "encoder-decoder" else None)
+                        **own},
+                start_head=start_from_prototypes if shared.head_start == "prototypes" and not shared.multi_label else None,
+                head="classification_head" if kind == "encoder-decoder" else None)
 
 
 def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
