@@ -12,18 +12,23 @@ EPOCHS ?= 1
 HARDWARE ?= recipes/accelerate/one_process.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint bench chat model-gemma3 intent-minilm sentiment-minilm
+.PHONY: help setup test lint bench chaos audit chat compare model-gemma3 intent-minilm sentiment-minilm tag-minilm pretrain-tiny
 
 help:
 	@echo "make lora-gpt2        fine-tune GPT-2 with LoRA on the bundled conversations, score it, show replies"
 	@echo "make RECIPE-MODEL     any file of recipes/ (full, lora, prefix, adapter, adalora, or your own copy)"
 	@echo "                      with gpt2, smollm2, gemma3 or qwen3; MODEL=hub/id, DATA=, OUT=, EPOCHS=, ARGS='--rank 16' override"
 	@echo "make intent-minilm    which of 45 intents a customer's turn has; sentiment-minilm: angry, neutral or happy (RECIPE=lora ...)"
+	@echo "make tag-minilm       find order numbers, amounts, dates, cities ... in what customers write"
+	@echo "make pretrain-tiny    a tiny language model from scratch, on the text of the bundled conversations"
+	@echo "make compare          train four recipes alike, score them on the same rows, say which to take (RECIPES='lora mine' ...)"
 	@echo "make chat RUN=runs/lora-gpt2   talk to a run"
 	@echo "make model-gemma3     install Gemma 3 270M, which speaks Chinese (Gemma Terms of Use)"
 	@echo "make test             run the tests"
 	@echo "make lint             check the style"
-	@echo "make bench            training speed beside plain Trainer and TRL (long; BENCH='--rows 24 --contenders ours')"
+	@echo "make bench            speed beside plain Trainer, TRL and plain generate (long; BENCH='--rows 24 --contenders ours')"
+	@echo "make chaos            kill a small training 100 times and compare what it ends with (CHAOS='--kills 20 --moments calls')"
+	@echo "make audit            look the installed packages up in the database of known vulnerabilities"
 	@echo "make setup            only create $(VENV) and install (the other targets do so when needed)"
 	@echo "                      PYTHON=python3.12 chooses the interpreter"
 
@@ -60,8 +65,26 @@ RECIPE ?= full
 intent-minilm: FLAGS = --task classify --label intent --context_turns 2
 sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
-intent-minilm sentiment-minilm: $(STAMP)
+tag-minilm: DATA = data/slots
+tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8 --learning_rate 3e-4
+tag-minilm: EPOCHS = 10
+intent-minilm sentiment-minilm tag-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
+
+# From scratch: SmolLM2's architecture in small sizes. It takes minutes, and learns no more than what such text looks like.
+pretrain-tiny: MODEL ?= smollm2
+pretrain-tiny: FLAGS = --task pretrain --from_scratch --vocab_size 2000 --max_length 128 --config $(SIZES)
+pretrain-tiny: SIZES = hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=2,head_dim=32
+pretrain-tiny: EPOCHS = 20
+pretrain-tiny: $(STAMP)
+	$(call TRAIN,$(RECIPE))
+
+# A first look that ends in minutes; later flags win, as in ARGS='--budget steps:100 --seeds 3'.
+RECIPES ?= full lora prefix adapter
+compare: MODEL ?= smollm2
+compare: $(STAMP)
+	@$(BIN)/python scripts/compare.py --recipes $(RECIPES) --model "$(MODEL)" --data "$(DATA)" --output_dir "$(or $(OUT),runs/$@)" \
+		--budget steps:12 --limit 16 --max_new_tokens 64 $(ARGS)
 
 chat: $(STAMP)
 	@$(if $(RUN),,$(error name the run: make chat RUN=runs/lora-gpt2))$(BIN)/python scripts/chat.py --run "$(RUN)"
@@ -69,6 +92,15 @@ chat: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@$(BIN)/python benchmarks/train_speed.py --data "$(DATA)/train.jsonl" $(BENCH)
+	@$(BIN)/python benchmarks/generation_speed.py --data "$(DATA)/test.jsonl"
+
+chaos: $(STAMP)
+	@$(BIN)/python benchmarks/chaos.py $(CHAOS)
+
+# --strict: a package that could not be looked up is an error, and does not pass for a safe one.
+audit: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-audit.txt
+	@$(BIN)/python -m pip_audit --strict --skip-editable --progress-spinner off
 
 model-gemma3: $(STAMP)
 	@echo "Gemma 3 270M is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms); by installing it you accept them."

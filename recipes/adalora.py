@@ -19,7 +19,7 @@ from recipes.common.errors import UserError
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(2e-3, "that of LoRA, whose update it is but for the moving ranks; not tuned by itself")
     init_rank: int = option(12, "rank of each update at the start; half as much again as the target, as in the paper", at_least=2)
-    target_rank: int = option(8, "mean rank of the updates at the end", at_least=1)
+    target_rank: int = option(8, "mean rank of the updates at the end", at_least=1, search=(4, 6, 8, 10))
     alpha: int = option(16, "the update is scaled by alpha / init_rank", at_least=1)
     dropout: float = option(0.0, "dropout on the input of A", at_least=0, below=1)
     first_share: float = option(0.1, "share of the steps before the first value is taken away", at_least=0, below=1)
@@ -34,6 +34,10 @@ class MethodArguments(args.Method):
         if self.first_share + self.last_share >= 1:
             raise UserError(f"--first_share {self.first_share} and --last_share {self.last_share} leave no steps between them to cut the "
                             "ranks in: let them add up to less than 1")
+        if shared.on_nan != "stop":
+            raise UserError(f"--on_nan {shared.on_nan} leaves steps out, which the ranks' schedule can't follow: leave it at stop")
+        if shared.max_minutes is not None:
+            raise UserError("--max_minutes may end before the ranks are cut, which goes by steps: use --max_steps or --max_tokens")
         if training.fp16:
             raise UserError("--fp16 skips and scales steps, which the ranks' schedule can't follow: train with --bf16")
 
@@ -44,7 +48,7 @@ def adapt(model, task, method, training):
 
     from recipes.common import models, rank_allocation, runs
 
-    steps = training.max_steps if training.max_steps > 0 else runs.steps(len(task.train), training)
+    steps = training.max_steps if training.max_steps > 0 else runs.steps(len(task.train), training, task.steps)
     first, last = int(method.first_share * steps), max(1, round(method.last_share * steps))
     if steps - last - max(first, 1) < 1:  # the first cut needs the importance of at least one step before it
         raise UserError(f"{steps} steps are too few to cut ranks in: raise --num_train_epochs or --max_steps")
@@ -72,6 +76,7 @@ def main():
         args=training,
         task=task,
         shared=shared,
+        method=method,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,

@@ -12,13 +12,21 @@ from dataclasses import dataclass
 
 from recipes.common import args
 from recipes.common.args import option, trainer_option
+from recipes.common.errors import UserError
 
 
 @dataclass
 class MethodArguments(args.Method):
-    learning_rate: float = trainer_option(2e-4, "best on SmolLM2-135M (docs/benchmarks.md); models of billions want 1e-5", classify=3e-4)
+    learns_from_scratch = True
+
+    learning_rate: float = trainer_option(2e-4, "best on SmolLM2-135M (docs/benchmarks.md); models of billions want 1e-5", classify=3e-4,
+                                          from_scratch=1e-3)
     weight_decay: float = trainer_option(0.01, "a mild pull towards zero, the usual value for fine-tuning")
     train_top_layers: int = option(None, "freeze all but the top N blocks, the final norm and the head; default: train all", at_least=1)
+
+    def check(self, shared, training):
+        if shared.from_scratch and self.train_top_layers is not None:
+            raise UserError("--train_top_layers would leave the lower layers as --from_scratch draws them: leave it out")
 
     def refuses(self, task, kind):
         if kind == "encoder-decoder" and self.train_top_layers is not None:
@@ -48,6 +56,7 @@ def main():
         args=training,
         task=task,
         shared=shared,
+        method=method,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,

@@ -20,7 +20,8 @@ from recipes.common.errors import UserError
 @dataclass
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(2e-3, "best on SmolLM2-135M (docs/benchmarks.md); models of billions want 2e-4")
-    rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common", at_least=1)
+    rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common", at_least=1,
+                       search=(4, 8, 16, 32))
     alpha: int = option(16, "the update is scaled by alpha / rank; twice the rank is the usual choice", at_least=1)
     dropout: float = option(0.0, "dropout on the input of A; the low rank holds back enough, and masks cost a CPU a fifth of a step",
                             at_least=0, below=1)
@@ -66,6 +67,7 @@ def main():
         args=training,
         task=task,
         shared=shared,
+        method=method,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,

@@ -22,7 +22,7 @@ class MethodArguments(args.Method):
     learning_rate: float = trainer_option(5e-2, "best on SmolLM2-135M (docs/benchmarks.md); high, as few numbers must do it all",
                                           prefix_projection=1e-3)
     num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)",
-                                     at_least=1)
+                                     at_least=1, search=(5, 10, 20, 40))
     start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "
                                               "prefix disturbs the model for hundreds of steps")
     prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")
@@ -41,6 +41,7 @@ def adapt(model, task, method, training):
     """Freeze `model` and put the prefix before it. Returns the wrapped model and the Trainer callbacks that it needs."""
     from peft import PrefixTuningConfig, get_peft_model
 
+    from recipes.common import models
     from recipes.common.prefix_start import start_from_tokens
 
     if task.window and task.max_length + method.num_virtual_tokens > task.window:
@@ -49,7 +50,7 @@ def adapt(model, task, method, training):
     config = PrefixTuningConfig(task_type=task.peft_type, num_virtual_tokens=method.num_virtual_tokens,
                                 prefix_projection=method.prefix_projection, encoder_hidden_size=method.projection_hidden_size,
                                 modules_to_save=task.new_modules())
-    model = get_peft_model(model, config)
+    model = models.keep_segments(get_peft_model(model, config))
     layers = model.active_peft_config.num_layers
     if model.config.is_encoder_decoder and layers % 2 == 0:  # test_matrix.py shows which
         print("note: PEFT puts the prefix before the decoder's own attention only, where two layers each share theirs: half of the "
@@ -74,6 +75,7 @@ def main():
         args=training,
         task=task,
         shared=shared,
+        method=method,
         train_dataset=task.train,
         eval_dataset=task.dev,
         data_collator=task.collate,

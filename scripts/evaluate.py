@@ -5,12 +5,16 @@
 
 A chat run answers each assistant turn given its true history: loss and perplexity over the reference's tokens, and of the greedy replies
 corpus BLEU, ROUGE-1/2/L, chrF (0-100) and distinct-1/2 (0-1), per language and in all. The other tasks have their own scores
-(README.md). Results go into the run's run.json and report.html, the answers beside the right ones into predictions-SPLIT.jsonl.
+(README.md). Results go into the run's run.json and report.html, the answers beside the right ones into predictions-SPLIT.jsonl, the loss
+of each row into losses-SPLIT.json.
 """
 
 import argparse
 import json
+import math
+import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +24,14 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from recipes.common import args, errors
 from recipes.common.errors import UserError
 
-READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix")  # flags that say what a model is asked
+# Flags that say what a model is asked.
+READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
 
 
 def main():
     errors.install()
     options = parse()
-    from recipes.common import evaluation, models, runs, tasks
+    from recipes.common import comparison, evaluation, models, runs, tasks
 
     run, *others = map(Path, options.run)
     record = models.read_record(run)
@@ -49,17 +54,34 @@ def main():
         candidates["ensemble"] = partial(join, list(candidates.values()))
         label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
     if options.base and kind.UNTUNED_SCORES:
-        candidates = {f"{used} (untuned)": partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
+        base = "start (drawn at random)" if tasks.flags(record).from_scratch else f"{used} (untuned)"
+        candidates = {base: partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
     print(f"{len(rows)} {kind.UNIT} from {source}")
+    latency = {}
+    if options.latency:
+        candidates = {name: partial(timed, name, load, task, rows, record, options, latency) for name, load in candidates.items()}
     scores = kind.evaluate(candidates, task, rows, record, options)
     scores["source"] = source
+    # The accuracy of these counts rows that are turned away, and their F1 takes a set of labels for one.
+    other_scale = {"f1_macro"} if tasks.flags(record).multi_label else set()
+    if "dev_oos_threshold" in record["metrics"]:
+        other_scale = {"accuracy", "f1_macro"}
+    scores["intervals"] = comparison.intervals(record["task"], scores["predictions"], scores["losses"], other_scale)
     if others and "dev_oos_threshold" in record["metrics"]:
         scores["notes"].append(f"the probability below which a row is turned away is that of {run}, for every model")
     scores["signature"] += f", {str(dtype).removeprefix('torch.')}"
     evaluation.print_table(scores)
-    evaluation.print_samples(scores)
+    if options.slices:
+        evaluation.print_slices(scores)
+    evaluation.print_samples(scores, options.samples)
     predictions = run / f"predictions-{label}.jsonl"
     predictions.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.pop("predictions")), encoding="utf-8")
+    losses = run / f"losses-{label}.json"
+    losses.write_text(json.dumps(runs.visible(scores.pop("losses")), ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.latency:
+        scores["latency"] = latency
+        for name, seconds in latency.items():
+            print(f"{name}: {seconds:.3f} s an answer, one at a time")
     if options.json:
         Path(options.json).write_text(json.dumps(runs.visible(scores), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     record.setdefault("evaluation", {})[label] = scores
@@ -69,6 +91,33 @@ def main():
           f"next:\n{talk}"
           f"  {runs.python()} -m tensorboard.main --logdir {run}\n"
           f"  {runs.python()} scripts/train.py   (lists the other recipes)")
+
+
+def timed(name: str, load, task, rows: list[dict], record: dict, options, latency: dict):
+    """The model that `load` loads, after the first --latency rows were answered one at a time: `latency[name]` is the median in seconds.
+
+    An answer is a reply to a dialogue's last question, a written target, or the labels of a row, with the reading of the row. The first
+    row is answered once more before, as a first pass is slower than those that follow.
+    """
+    from recipes.common import generation, tasks
+    from recipes.common.trainer import dataset_outputs
+
+    model, seconds = load(), []
+    for row in [rows[0], *rows[: options.latency]]:
+        start = time.perf_counter()
+        if task.name == "chat":
+            limit = generation.limit(model, task.max_length, options.max_new_tokens)
+            prompts = [prompt for _, _, prompt in generation.prompts_for([row], task.tokenizer, limit)[-1:] if prompt is not None]
+            if not prompts:
+                continue
+            generation.replies(model, task.tokenizer, prompts, options.max_new_tokens, 1, f"Latency of {name}")
+        elif task.name == "translate":
+            tasks.module(task.name).write(name, model, task, [row], record, options)
+        else:
+            dataset_outputs(model, task, task.encode([row], "rows", "skip")[0], f"Latency of {name}")
+        seconds.append(time.perf_counter() - start)
+    latency[name] = statistics.median(seconds[1:] or [math.nan])
+    return model
 
 
 def join(loaders):
@@ -119,7 +168,11 @@ def parse(argv=None):
     parser.add_argument("--num_beams", type=args.positive, default=1, help="translate: beams of the search (default: 1, greedy)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
-    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3)")
+    parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3); the report has 20")
+    parser.add_argument("--slices", action="store_true",
+                        help="show the scores of parts of the rows too: by intent, sentiment, language, turn, length (the report has them)")
+    parser.add_argument("--latency", type=args.whole, default=0, metavar="N",
+                        help="also time N answers one at a time, and show the median (default: 0, none)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
     options = parser.parse_args(argv)
     if options.num_beams > 1 and len(options.run) > 1:

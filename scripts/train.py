@@ -4,17 +4,23 @@
 
 `--recipe` is the name of a file in recipes/ or the path of any other .py file. All further flags are the recipe's own:
 `--recipe lora --help` shows them. Without a recipe, the recipes are listed.
+
+    python scripts/train.py --config runs/lora-gpt2/run.json --output_dir runs/lora-gpt2-again
+
+repeats a finished run with everything that its run.json says; further flags change some of it.
 """
 
 import ast
+import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 # Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from recipes.common import errors
+from recipes.common import args, errors
 from recipes.common.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
@@ -42,9 +48,28 @@ def find(name: str) -> Path:
     return path
 
 
+def repeat(config: str) -> tuple[str, list[str]]:
+    """The recipe's file and the flags that give the run of this run.json again. Raises `UserError`."""
+    try:
+        record = json.loads(Path(config).read_text(encoding="utf-8"))
+        file = next(word for word in shlex.split(record["command"]) if word.endswith(".py"))
+        path = file if Path(file).is_file() else str(find(record["recipe"]))
+        return path, [*args.of_record(record, runpy.run_path(path)["MethodArguments"]), "--repeats", config]
+    except OSError as error:
+        raise UserError(f"--config {config}: {error.strerror or error}; name the run.json of a finished run") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise UserError(f"--config {config} is no run.json of a finished run") from None
+
+
 def main():
     errors.install()
-    argv = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--recipe=") else [word])]
+    argv = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith(("--recipe=", "--config=")) else [word])]
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise UserError("--config needs the run.json of a finished run")
+        recipe, words = repeat(argv[at + 1])
+        argv = [*([] if "--recipe" in argv else ["--recipe", recipe]), *words, *argv[:at], *argv[at + 2:]]
     if "--recipe" not in argv:
         print(f"{__doc__.strip()}\n\nRecipes:\n{listing()}", file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
         sys.exit(0 if {"-h", "--help"} & set(argv) else 2)

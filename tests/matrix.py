@@ -26,6 +26,8 @@ CHINESE = {
         "不会生成文本：请用编码器-解码器，或仅解码器的模型（smollm2）",
     "reads one text and writes another, while a dialogue is one text: use a decoder-only model (smollm2), or --task translate for single "
     "questions": "读入一段文本，写出另一段，而对话是一整段文本：请用仅解码器的模型（smollm2），单个问题可用 --task translate",
+    "learns text by filling in spans, which is not offered: use a decoder-only model or an encoder":
+        "以填补片段的方式学习文本，这里没有提供：请用仅解码器的模型或编码器",
     "PEFT can't put a prefix before its classifiers: use --recipe lora or adapter":
         "PEFT 不能在它的分类模型前放置前缀：请用 --recipe lora 或 adapter",
 }

@@ -18,6 +18,7 @@ from recipes import lora
 from recipes.common import args, data, losses, models, tasks
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.head_start import SCALES
 from recipes.common.tasks import classify
 from recipes.common.trainer import dataset_outputs
 
@@ -259,9 +260,10 @@ def test_a_new_head_starts_from_the_class_means(kind, tiny, capsys):
     directions = F.normalize(states - centre, dim=1)
     means = F.normalize(torch.stack([directions[labels == k].mean(0) for k in range(4)]), dim=1)
     lengths = (states - centre).norm(dim=1, keepdim=True)
-    ratio = part.logits / (directions @ means.T * lengths / lengths.mean())
-    # One factor in all logits: the scale. The states were computed in bf16 where the hardware has it.
-    assert min(abs(ratio.median().item() / scale - 1) for scale in (5, 10, 15, 20, 30)) < 0.05
+    cosines = directions @ means.T * lengths / lengths.mean()
+    scale = (part.logits / cosines).median()
+    assert min(abs(scale.item() - one) for one in SCALES) < 0.01
+    torch.testing.assert_close(part.logits, scale * cosines, rtol=1e-3, atol=1e-3)
 
 
 def test_a_head_starts_at_random_where_that_is_asked_for_or_it_is_no_new_one(tiny, tmp_path, capsys):

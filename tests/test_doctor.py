@@ -9,7 +9,23 @@ import pytest
 from conftest import DIALOGUES, ROOT, tiny_tokenizer
 
 from recipes.common import chat, duplicates
-from recipes.common.doctor import Split, balance, bars, examine, histogram, labels_of, length_summary, rendered, report
+from recipes.common.doctor import (
+    LOOKED_AT,
+    REMEDIES,
+    Finding,
+    Split,
+    balance,
+    bars,
+    brief,
+    examine,
+    flaws,
+    histogram,
+    labels_of,
+    length_summary,
+    rendered,
+    report,
+    verdict,
+)
 
 QUESTIONS = ["Where is my parcel? It should have been here on Monday.", "Can I still change the address of delivery?",
              "我的退款什么时候到账？", "The lamp I bought last week no longer works.", "请问这件衬衫还有大号的吗？",
@@ -30,36 +46,51 @@ def healthy() -> dict[str, Split]:
 
 
 def codes(splits: dict[str, Split], max_length: int = 100, **options) -> dict[tuple, tuple]:
-    """(code, split) -> (severity, rows, count) of what is found, without the infos about languages."""
+    """(code, split) -> (severity, rows, count) of what is found."""
     _, findings = examine(splits, max_length, **options)
-    return {(f.code, f.split): (f.severity, f.rows, f.count) for f in findings if f.code != "languages"}
+    return {(f.code, f.split): (f.severity, f.rows, f.count) for f in findings}
 
 
 # Findings
 
 
-def test_healthy_data_has_no_finding_but_its_languages():
+def test_healthy_data_has_no_finding():
     assert codes(healthy()) == {}
-    _, findings = examine(healthy(), 100)
-    assert [(f.severity, f.code, f.split, f.sentence) for f in findings] == [
-        ("info", "languages", "train", "4 rows in train, by their script: 3 en, 1 zh"),
-        ("info", "languages", "dev", "1 rows in dev, by their script: 1 zh"),
-        ("info", "languages", "test", "1 rows in test, by their script: 1 en"),
-    ]
+    summary, _ = examine(healthy(), 100)
+    assert [split["languages"] for split in summary["splits"].values()] == [{"en": 3, "zh": 1}, {"zh": 1}, {"en": 1}]
 
 
 def test_rows_that_are_too_long():
-    splits = healthy() | {"train": split([dialogue(q) for q in QUESTIONS[:4]], 11, lengths=[100, 101, 7, 300])}
-    assert codes(splits) == {("too-long", "train"): ("warning", [12, 14], 2)}
-    assert codes(splits, max_length=300) == {}
-    sentence = next(f.sentence for f in examine(splits, 100)[1] if f.code == "too-long")
-    assert sentence == ("2 of 4 rows in train are longer than --max_length 100, so they lose text or are left out; "
-                        "300 keeps 95 % whole, 300 keeps 99 %, 300 all")
+    splits = healthy() | {"train": split([dialogue(q) for q in QUESTIONS[:4]], 11, [100, 101, 7, 300], [8, 8, 8, 0])}
+    assert codes(splits) == {("shortened", "train"): ("warning", [12], 1), ("left-out", "train"): ("warning", [14], 1)}
+    assert codes(splits, max_length=299) == {("left-out", "train"): ("warning", [14], 1)}
+    summary, findings = examine(splits, 100)
+    assert next(f.sentence for f in findings if f.code == "shortened") == (
+        "1 of 4 rows in train exceed --max_length 100 and are shortened; 300 keeps 95 % whole, 300 keeps 99 %, 300 all")
+    assert ("  --max_length 100: 1 shortened, 1 with nothing trained on; kept whole 95 % by 300, 99 % by 300, 100 % by 300\n"
+            ) in report(summary, findings)
 
 
 def test_rows_without_a_trained_token():
     splits = healthy() | {"dev": split([dialogue(q) for q in QUESTIONS[4:5]], 3, supervised=[0])}
-    assert codes(splits) == {("nothing-trained", "dev"): ("error", [3], 1)}
+    assert codes(splits) == {("nothing-trained", "dev"): ("warning", [3], 1)}
+
+
+def test_rows_that_hold_several_items():
+    row = dialogue(QUESTIONS[0])
+    items = [{"text": q, "label": "ab"[i % 2]} for i, q in enumerate(QUESTIONS[:5] * 2)]
+    one = Split([row], [7], [20] * 8 + [120, 20], [1] * 9 + [None], items, [7] * 10, "labelled turns", "labels")
+    assert codes({"train": one}) == {("shortened", "train"): ("warning", [7], 1), ("rare-label", "train"): ("warning", [7], 1)}
+    summary, findings = examine({"train": one}, 100)
+    assert summary["splits"]["train"]["labels"]["label"]["counts"] == {"a": 5, "b": 4}, "the last one is out of scope"
+    assert "train: 10 labelled turns in 1 rows, 300 tokens, 9 labels trained on\n" in report(summary, findings)
+
+
+def test_the_same_text_with_two_labels():
+    rows = [{"text": q, "label": 1} for q in QUESTIONS] + [{"text": QUESTIONS[2] + " ", "label": 2}]
+    assert codes({"train": split(rows, 3)})["conflict", "train"] == ("warning", [5, 9], 1)
+    rows[-1]["label"] = 1
+    assert ("conflict", "train") not in codes({"train": split(rows, 3)})
 
 
 def test_rare_labels_of_train():
@@ -73,7 +104,9 @@ def test_a_label_counts_once_a_row():
     row = dialogue(QUESTIONS[0])
     row["messages"][0]["intent"] = "status"
     row["messages"] += row["messages"] * 4
-    assert codes({"train": split([row])})["rare-label", "train"] == ("warning", [1], 1)
+    assert codes({"train": split([row])}) == {}, "an annotation is not what the chat task learns"
+    row["label"] = ["a"] * 7
+    assert codes({"train": split([row, row])})["rare-label", "train"] == ("warning", [1, 2], 1)
     assert balance([row])["intent"] == {"counts": {"status": 5}, "entropy": 0.0, "most": 0.0, "rare": {"status": 1}}
 
 
@@ -156,10 +189,12 @@ def test_personal_data_in_rows_of_other_tasks(row):
 def test_errors_come_first_and_all_is_json():
     splits = healthy() | {"test": split([dialogue(QUESTIONS[0]), dialogue("Mail jo@example.com")], supervised=[0, 4], lengths=[400, 9])}
     summary, findings = examine(splits, 100)
-    assert [f.severity for f in findings] == ["error", "error", "warning", "warning", "info", "info", "info"]
-    assert json.loads(json.dumps(summary)) == summary and len(summary["findings"]) == 7
-    assert summary["findings"][0].keys() == {"severity", "code", "sentence", "rows", "count", "split"}
+    assert [f.severity for f in findings] == ["error", "warning", "warning"]
+    assert json.loads(json.dumps(summary)) == summary and len(summary["findings"]) == 3
+    assert summary["findings"][0].keys() == {"severity", "code", "sentence", "rows", "count", "split", "remedy"}
     assert {f.sentence.split()[0] for f in findings} == {str(f.count) for f in findings}
+    more = Finding("error", "bad-row", "2 rows are bad", [3, 4], 2, "train")
+    assert examine(splits, 100, found=[more])[1] == [more, *findings]
 
 
 @pytest.mark.parametrize("broken", [
@@ -209,7 +244,7 @@ def test_bins_hold_every_length_once(lengths):
 
 def test_bars_are_proportional_and_never_hide_a_row():
     assert bars(histogram([5] * 2000 + [15] * 1000 + [35])) == [
-        "   0 -  4      0", "   5 -  9  2,000 " + "█" * 40, "  10 - 14      0", "  15 - 19  1,000 " + "█" * 20, "  20 - 24      0",
+        "   5 -  9  2,000 " + "█" * 40, "  10 - 14      0", "  15 - 19  1,000 " + "█" * 20, "  20 - 24      0",
         "  25 - 29      0", "  30 - 34      0", "  35 - 39      1 ▏"]
 
 
@@ -243,9 +278,10 @@ def test_the_report_of_the_bundled_dialogues():
     assert not [f for f in findings if f.severity == "error" or f.code == "language"]
     text = report(summary, findings)
     assert "\033" not in text and text.splitlines()[-1].startswith("errors: 0, warnings: ")
-    assert "train: 260 rows, " in text and "  languages: en 130, zh 130\n" in text and "leaks: 0 (" in text
-    assert "  intent: 45 labels, entropy " in text and ": inform 266, ask_followup 191, " in text and " and 35 more\n" in text
-    assert "warning: 1 of 45 values of intent occur in fewer than 5 rows of train: missing_item (rows 4, 144) [rare-label]" in text
+    assert "train: 260 rows, " in text and "  languages: en 130, zh 130\n" in text and "between splits: no leaks\n" in text
+    assert "  intent: 45 labels, entropy " in text and ": inform 266, ask_followup 191, " in text and " and 39 more\n" in text
+    assert ("warning: 4 of 260 rows in train hold e-mail addresses, which a model may learn and repeat (rows 98, 106, 116, 231); "
+            "--mask_pii OUT writes a copy with placeholders in their place [personal-email]\n") in text
     assert "\033[33mwarning\033[0m: " in report(summary, findings, colour=True)
 
 
@@ -278,3 +314,65 @@ def test_rendered_with_lists_that_do_not_fit_is_refused():
     with pytest.raises(ValueError, match="2 input_ids but 1 labels"):
         rendered(tiny_tokenizer("gpt2"), [1, 2], [1])
     assert rendered(tiny_tokenizer("gpt2"), [], []) == ""
+
+
+def test_every_code_has_a_remedy():
+    source = (ROOT / "recipes/common/doctor.py").read_text(encoding="utf-8") + (ROOT / "scripts/doctor.py").read_text(encoding="utf-8")
+    written = set(re.findall(r'Finding\("(?:error|warning|info)", "([a-z-]+)"', source))
+    assert written and written <= REMEDIES.keys()
+    assert verdict([Finding("info", "not-compared", "3 times", [], 3, "dev")])[0] == "info: 3 times [not-compared]"
+    with pytest.raises(KeyError):
+        verdict([Finding("info", "no-such-code", "3 times", [], 3, "dev")])
+
+
+# What is trained on
+
+
+def test_an_answer_without_its_end():
+    tokenizer = tiny_tokenizer("chatml")
+    for row in DIALOGUES:
+        encoded = chat.encode(row["messages"], tokenizer, 10_000)
+        end = chat.end_of_turn_id(tokenizer)
+        assert flaws(encoded.input_ids, encoded.labels, end, None) == set()
+        last = max(t for t, label in enumerate(encoded.labels) if label == end)
+        broken = [chat.IGNORE if t == last else label for t, label in enumerate(encoded.labels)]
+        assert flaws(encoded.input_ids, broken, end, None) == {"no-end"}
+        assert flaws(encoded.input_ids[:-2], encoded.labels[:-2], end, None) == {"no-end"}, "cut at the end"
+
+
+def test_a_second_first_token():
+    assert flaws([1, 5, 1], [-100, 5, 2], 2, 1) == set()
+    assert flaws([1, 1, 5, 2], [-100, -100, 5, 2], 2, 1) == {"double-bos"}
+
+
+# Before every training
+
+
+def test_nothing_to_tell_of_healthy_data():
+    counts, sentences = brief(healthy()["train"].rows, healthy()["dev"].rows, {"a": 9, "b": 9})
+    assert sentences == []
+    assert counts == {"duplicates": 0, "leaks": 0, "labels": {"most_frequent": "a", "share": 0.5, "rare": 0}, "personal_data": {
+        "train": {"looked_at": 4, "rows": {}}, "dev": {"looked_at": 1, "rows": {}}}}
+
+
+def test_what_is_told_before_a_training():
+    train = [dialogue(q) for q in QUESTIONS[:4]] + [dialogue(QUESTIONS[0].upper()), dialogue("Mail jo@example.com or jo@example.com")]
+    dev = [dialogue(QUESTIONS[1]), dialogue(QUESTIONS[5])]
+    counts, sentences = brief(train, dev, {"a": 950, "b": 46, "c": 4})
+    assert sentences == [
+        "1 of 6 train rows repeat an earlier one word for word",
+        "1 of 2 dev rows stand in train word for word, so dev scores are too good",
+        "personal data in 6 train rows looked at: e-mail addresses in 1",
+        "95% of the train labels are a, so always saying that would score as much",
+        "1 of 3 labels occur fewer than 5 times in train: c"]
+    assert (counts["duplicates"], counts["leaks"], counts["personal_data"]["train"]) == (1, 1, {"looked_at": 6, "rows": {"EMAIL": 1}})
+    counts, sentences = brief(train, dev, repeated=True)
+    assert counts["duplicates"] is None and "repeat" not in sentences[0], "weights repeat rows on purpose"
+    assert "labels" not in brief(train, dev, {"O": 99, "B-x": 1, "I-x": 0})[0]
+
+
+def test_the_search_before_a_training_is_bounded():
+    counts, _ = brief([dialogue(f"Mail jo{i}@example.com") for i in range(10 * LOOKED_AT + 1)], [])
+    looked_at = counts["personal_data"]["train"]["looked_at"]
+    assert LOOKED_AT / 2 < looked_at <= LOOKED_AT and counts["personal_data"]["train"]["rows"] == {"EMAIL": looked_at}
+    assert counts["personal_data"]["dev"] == {"looked_at": 0, "rows": {}}

@@ -64,7 +64,7 @@ def test_it_ends_with_a_table_samples_and_what_to_do_next(job):
     assert evaluation["table"][-1]["language"] == "all"
     losses = {row["model"]: row["values"][0] for row in evaluation["table"] if row["language"] == "all"}
     assert all(1 < loss < 8 for loss in losses.values()) and len(set(losses.values())) == 2
-    assert len(evaluation["samples"]) == 3
+    assert len(evaluation["samples"]) == min(20, evaluation["table"][-1]["count"])
     for said in ("reference | ", "smollm2 (untuned) | ", "lora | ", "next:", f"scripts/chat.py --run {run}", "tensorboard"):
         assert said in table
     assert all(text.strip() for sample in evaluation["samples"] for _, text in sample)  # a real model says something

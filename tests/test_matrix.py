@@ -12,6 +12,7 @@ from conftest import DIALOGUES
 from matrix import LANGUAGES, METHODS, ROOT, TASKS, cells, table, written
 from test_classify import ROWS as LABELLED
 from test_methods import Watched, run_recipe
+from test_pretrain import ROWS as TEXTS
 from test_tag import ROWS as TAGGED
 from test_translate import ROWS as PAIRS
 from transformers import AutoTokenizer, BertForMaskedLM, MarianConfig, T5Config, T5ForConditionalGeneration
@@ -21,17 +22,18 @@ from recipes.common import models, tasks
 from recipes.common.errors import UserError
 from recipes.common.trainer import dataset_outputs
 
-ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS}
+ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS, "pretrain": TEXTS}
 KINDS = {"gpt2": "decoder", "llama": "decoder", "bert": "encoder", "t5": "encoder-decoder"}
 # What a method trains, beside the new head of a task that has one.
 OWN = {"full": r".*", "lora": r".*\.lora_[AB]\.default\.weight", "adalora": r".*\.lora_[ABE]\.default",
        "prefix": r"prompt_encoder\.default\..*", "adapter": r".*\.bottleneck_(down|up)\.default\.(weight|bias)"}
 HEAD = r".*\b(classifier|score|classification_head)\.modules_to_save\.default\..*"
 WORKS = {"chat": ("gpt2", "llama"), "classify": ("bert", "gpt2", "llama", "t5"), "tag": ("bert", "gpt2", "llama", "t5"),
-         "translate": ("t5", "gpt2", "llama")}
+         "translate": ("t5", "gpt2", "llama"), "pretrain": ("bert", "gpt2", "llama")}
 # Task and kind of model -> why it is refused, by every method.
 REFUSED = {("chat", "t5"): "is an encoder-decoder .*a dialogue is one text", ("chat", "bert"): "is an encoder .*can't write",
-           ("translate", "bert"): "is an encoder .*can't write"}
+           ("translate", "bert"): "is an encoder .*can't write",
+           ("pretrain", "t5"): "is an encoder-decoder .*filling in spans"}
 # The same, where a method refuses what the others can do.
 REFUSED_BY = {("classify", "t5", "prefix"): "PEFT can't put a prefix", ("tag", "t5", "prefix"): "PEFT can't put a prefix"}
 
@@ -132,6 +134,20 @@ def test_top_layers_of_two_stacks_are_refused_before_any_data_is_read(tiny):
     tasks.check_cell("translate", source, full.MethodArguments())
     with pytest.raises(UserError, match="leave --train_top_layers out"):
         tasks.check_cell("translate", source, full.MethodArguments(train_top_layers=1))
+
+
+@pytest.mark.parametrize(("task", "kind", "top"), [
+    ("classify", "bert", r"bert\.(encoder\.layer\.1\..*|pooler\..*)|classifier\..*"),
+    ("tag", "bert", r"bert\.encoder\.layer\.1\..*|classifier\..*"),
+    ("classify", "gpt2", r"transformer\.(h\.1\..*|ln_f\..*)|score\..*"), ("tag", "llama", r"model\.(layers\.1\..*|norm\..*)|score\..*"),
+])
+def test_the_top_layers_of_a_classifier_are_trained_with_its_head(task, kind, top, tiny, files, tmp_path):
+    trainer = run_recipe("full", tiny(kind), files[task], tmp_path / "run", "--task", task, "--train_top_layers", "1", "--max_steps", "2",
+                         "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "False", trainer_class=Watched)
+    now = dict(trainer.model.named_parameters())
+    changed = {name for name, before in trainer.before.items() if not torch.equal(before, now[name])}
+    assert {name for name in now if re.fullmatch(top, name)} == {name for name, p in now.items() if p.requires_grad}
+    assert changed and changed <= {name for name, p in now.items() if p.requires_grad}
 
 
 def test_every_cell_is_one_or_the_other_and_the_code_says_so(tiny):

@@ -136,11 +136,12 @@ def test_a_checkpoint_whose_writing_was_interrupted_is_passed_over(killed, tiny,
     recipe, *own = VARIANTS["lora"]
     for name in ("trainer_state.json", "trained_parameters.safetensors"):  # what a kill in the middle of a save leaves out
         (folder / "checkpoint-8" / name).unlink()
-    with pytest.raises(UserError, match="checkpoint-8: it is incomplete"):
+    with pytest.raises(UserError, match="checkpoint-8: trained_parameters.safetensors is missing"):
         run_recipe(recipe, tiny("gpt2"), data, tmp_path / "new", *own, *STEPS, "--resume_from_checkpoint", str(folder / "checkpoint-8"))
     resumed = run_recipe(recipe, tiny("gpt2"), data, folder, *own, *STEPS, "--resume_from_checkpoint")
     said = capsys.readouterr().out
-    assert f"{folder / 'checkpoint-8'} is incomplete" in said and f"resuming from {folder / 'checkpoint-6'}" in said
+    assert f"{folder / 'checkpoint-8'} is passed over: trained_parameters.safetensors is missing" in said
+    assert f"resuming from {folder / 'checkpoint-6'}" in said
     through = run_recipe(recipe, tiny("gpt2"), data, tmp_path / "through", *own, *STEPS)
     assert same(trained(resumed.model), trained(through.model))
 
@@ -150,8 +151,8 @@ def test_a_damaged_checkpoint_is_told_in_a_sentence(killed, tiny, data):
     recipe, *own = VARIANTS["lora"]
     file = folder / "checkpoint-8/trained_parameters.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="checkpoint-8 is damaged"):
-        run_recipe(recipe, tiny("gpt2"), data, folder, *own, *STEPS, "--resume_from_checkpoint")
+    with pytest.raises(UserError, match="checkpoint-8: trained_parameters.safetensors has 100 bytes where"):
+        run_recipe(recipe, tiny("gpt2"), data, folder, *own, *STEPS, "--resume_from_checkpoint", str(file.parent))
 
 
 def test_a_named_checkpoint_can_be_resumed_into_a_new_folder(some_killed, tiny, data, tmp_path):
@@ -204,7 +205,7 @@ def test_a_prefix_of_one_token_is_not_spread_over_many(tiny, data, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(tiny, data, tmp_path):
-    with pytest.raises(UserError, match="no-such: no such folder"):
+    with pytest.raises(UserError, match="no-such: there is no such folder"):
         run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--resume_from_checkpoint", str(tmp_path / "no-such"))
 
 

@@ -121,7 +121,9 @@ def test_resume_alone_continues_the_newest_checkpoint(trained, tmp_path, run):
     words = shlex.split(record["command"])[2:]
     words[words.index("--output_dir") + 1] = str(run)
     words[words.index("--num_train_epochs") + 1] = "3"
-    result = call("recipes/lora.py", *words, "--resume_from_checkpoint")
+    refused = call("recipes/lora.py", *words, "--resume_from_checkpoint")
+    assert refused.code == 1 and re.search(r"num_train_epochs was 2.0, now 3.0\).*--allow_changed num_train_epochs", refused.err)
+    result = call("recipes/lora.py", *words, "--resume_from_checkpoint", "--allow_changed", "num_train_epochs")
     assert result.code == 0, result.err
     assert f"resuming from {run / 'checkpoint-4'}" in result.out
     assert read(run)["steps"] == 6
@@ -245,7 +247,7 @@ def test_evaluations_of_several_splits_live_side_by_side(run):
     record = read(run)
     assert record["evaluation"].keys() == {"test", "dev", "train"} and record.keys() == FIELDS | {"evaluation"}
     assert all(evaluation["rows"] == 1 for evaluation in record["evaluation"].values())
-    assert (run / "report.html").read_text(encoding="utf-8").count("<h2>Evaluation on ") == 3
+    assert (run / "report.html").read_text(encoding="utf-8").count("<h3>Evaluation on ") == 2 * 3
 
 
 def test_evaluate_on_another_file(run, write_jsonl):
@@ -288,7 +290,7 @@ def test_the_report_is_one_safe_file(run):
     assert HOSTILE not in page and "&lt;script&gt;" in page  # the dialogue is shown, as text
     assert "<script" not in page and "<img" not in page
     assert check_page(page) == []
-    assert "<svg" in page and "Sample replies" in page and "BLEU" in page
+    assert "<svg" in page and "Answers side by side" in page and "BLEU" in page
 
 
 def check_page(page: str) -> list[str]:
@@ -376,7 +378,7 @@ def test_sampling_is_repeatable(trained):
 
 def test_scripts_hide_no_package():
     """Python puts scripts/ first on the path, where evaluate.py would stand before the package `evaluate`."""
-    for name in ("train", "evaluate", "chat"):
+    for name in ("train", "evaluate", "chat", "doctor"):
         program = f"import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['scripts/{name}.py']\nrunpy.run_path(sys.argv[0])\n"
         result = shell(sys.executable, "-c", program + "import importlib.util; print(importlib.util.find_spec('evaluate').origin)")
         assert result.code == 0 and result.out.strip().endswith("evaluate/__init__.py"), result.err

@@ -35,11 +35,19 @@ MAY_IMPORT = {
     "bottleneck": set(),
     "fast_lora": set(),
     "rank_allocation": set(),
-    "report": set(),
+    "plots": set(),
+    "wording": set(),
+    "report": {"plots", "wording"},
+    "model_card": {"plots"},
     "augment": {"errors"},
     "pii": set(),
     "duplicates": set(),
+    "statistics": set(),
+    "item_scores": {"metrics"},
+    "comparison": {"item_scores", "statistics"},
+    "search": {"args", "errors", "runs", "tasks", "trainer"},
     "doctor": {"chat", "duplicates", "metrics", "pii"},
+    "cases": {"errors"},
     "chat": {"errors"},
     "shapes": set(),
     "formats": {"errors", "shapes"},
@@ -48,18 +56,23 @@ MAY_IMPORT = {
     "data": {"disk", "errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models"},  # models: only whether the hardware has bf16, once transformers is needed anyway
-    "generation": {"chat", "errors", "losses"},
+    "generation": {"chat", "errors", "faults", "losses"},
     "prefix_start": set(),
     "head_start": {"models"},
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
-    "trainer": {"errors", "losses", "metrics", "regularize"},
-    "runs": {"errors", "report"},
+    "batches": set(),
+    "checkpoints": {"errors"},
+    "dev_answers": {"chat", "generation", "losses", "metrics"},
+    "faults": {"checkpoints", "errors"},
+    "trainer": {"batches", "checkpoints", "dev_answers", "errors", "faults", "losses", "metrics", "regularize"},
+    "runs": {"checkpoints", "errors", "model_card", "report"},
+    "scratch": {"errors", "models"},
     "streaming": {"data", "encoding", "errors", "formats"},
-    "tasks": {"args", "errors", "chat", "data", "disk", "encoding", "evaluation", "generation", "head_start", "losses", "metrics", "models",
-              "regularize", "streaming", "trainer"},
+    "tasks": {"args", "batches", "chat", "data", "disk", "doctor", "encoding", "errors", "evaluation", "generation", "head_start", "losses",
+              "metrics", "models", "regularize", "scratch", "streaming", "trainer"},
 }
 
 
@@ -195,7 +208,7 @@ def recipe_flags(recipe: str) -> set[str]:
     path = ROOT / recipe if (ROOT / recipe).is_file() else ROOT / "recipes/lora.py"  # a copy is made of this one
     tree = ast.parse(path.read_text(encoding="utf-8"))
     method = next(node for node in tree.body if isinstance(node, ast.ClassDef))
-    names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer"}
+    names |= {node.target.id for node in method.body if isinstance(node, ast.AnnAssign)} | {"recipe", "help", "help_trainer", "config"}
     return {f"--{name}" for name in names}
 
 
@@ -222,7 +235,9 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
     if not (ROOT / script).is_file():
         return f"{script} does not exist"
     if script != "scripts/train.py":
-        known = flags_of(script)
+        known = flags_of(script) | (recipe_flags("recipes/full.py") if script == "scripts/compare.py" else set())  # it passes them on
+    elif "--config" in given and "--recipe" not in given:
+        known = recipe_flags("recipes/lora.py")  # of the run's own recipe, which no one knows here
     elif "--recipe" not in given:
         known = {"--help"}
     else:
@@ -236,7 +251,7 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
 
 def check_make(words: list[str], copies: set[str]) -> str | None:
     """What is wrong with a `make` command, or None."""
-    names = ("MODEL", "DATA", "RECIPE", "OUT", "ARGS", "EVAL", "EPOCHS", "RUN", "VENV", "PYTHON", "HARDWARE")
+    names = ("MODEL", "DATA", "RECIPE", "OUT", "ARGS", "EVAL", "EPOCHS", "RUN", "RECIPES", "VENV", "PYTHON", "HARDWARE")
     variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
     if unknown := [name for name in variables if name not in names]:
         return f"the Makefile knows no {unknown[0]}="
@@ -309,6 +324,7 @@ def test_readme_links_and_paths_exist(readme):
     ("make data", "make fails"),
     ("python scripts/talk.py --run runs/x", "does not exist"),
     ("python scripts/chat.py --rum runs/x", "no flag --rum"),
+    ("python scripts/compare.py --recipes lora --budgt steps:3", "no flag --budgt"),
     ("accelerate launch scripts/train.py --recipe lora --bottleneck_size 8", "no flag --bottleneck_size"),
     ("accelerate launch --config_file recipes/accelerate/cluster.yaml scripts/train.py --recipe lora", "hardware file"),
     ("accelerate launch scripts/train.py --recipe mine.py", "no recipe mine.py"),
@@ -341,7 +357,7 @@ def test_one_rule_makes_every_recipe_and_model():
 
 def test_make_alone_prints_help():
     out = subprocess.run(["make"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    for target in ("make lora-gpt2", "make chat", "make test", "make setup", "PYTHON="):
+    for target in ("make lora-gpt2", "make compare", "make chat", "make test", "make setup", "PYTHON="):
         assert target in out
 
 

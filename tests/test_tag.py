@@ -117,7 +117,15 @@ def test_a_row_that_is_too_long_is_counted():
     [feature], counts = encode([ROWS[1]], tiny_tokenizer("bert"), max_length=5)
     assert feature["words"] == [0, 1, 2] and counts["shortened"] == 1
     assert counts["sentences"] == ["1 rows exceed --max_length 5: their last 4 words are predicted as O"]
-    assert encode(ROWS, tiny_tokenizer("bert"))[1]["sentences"] == []
+    assert encode(ROWS, tiny_tokenizer("gpt2"), last=True)[1]["sentences"] == []
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted():
+    tokenizer = tiny_tokenizer("bert")
+    rows = [{"tokens": ["order", "龘", "Friday", "龘"], "tags": ["O", "B-city", "O", "O"]}, {"tokens": ["order"], "tags": ["O"]}]
+    assert encode(rows, tokenizer)[1]["sentences"] == [
+        "2 of 5 words are unknown to the tokenizer, and the same [UNK] to the model: it goes by what stands around them"]
+    assert encode(rows[1:], tokenizer)[1]["sentences"] == []
 
 
 def test_half_a_word_is_not_labelled():

@@ -45,7 +45,7 @@ def gradients(trainer, rows, times=1):
     model = trainer.model
     model.zero_grad()
     for _ in range(times):
-        loss = trainer.training_step(model, collate(rows), torch.tensor(sum(label != -100 for r in rows for label in r["labels"][1:])))
+        loss = trainer.training_step(model, [collate(rows)], torch.tensor(sum(label != -100 for r in rows for label in r["labels"][1:])))
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -236,7 +236,7 @@ def test_an_encoder_decoder_is_disturbed_where_it_reads(attack, tiny, tmp_path):
         return loss
 
     trainer.compute_loss = watched
-    trainer.training_step(model, batch, torch.tensor(counts["supervised"]))
+    trainer.training_step(model, [batch], torch.tensor(counts["supervised"]))
     assert len(passes) == (2 if attack == "fgm" else 4)
     (clean, nothing), (disturbed, delta) = passes[0], passes[-1]
     assert disturbed > clean and not nothing.any()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Gemma2Config, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recipes import adapter, full, lora, prefix
@@ -67,7 +67,7 @@ def collate(rows):
 
 TASK = SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=64, train=[{"input_ids": [5, 6, 7]}],
                        loss=losses.next_token, outputs=lambda parts: (), metrics=lambda *labels: {}, per_token=True, collate=collate,
-                       old=None)
+                       old=None, callbacks=[])
 SHARED = args.SharedArguments()
 
 
@@ -159,6 +159,42 @@ def test_only_supervised_positions_reach_the_head_and_only_within_the_context():
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     handle.remove()
     assert shapes == [(int(part.where.sum()), VOCABULARY), (*batch["input_ids"].shape, VOCABULARY)]
+
+
+@pytest.mark.parametrize("how", ["no module", "weights only"])
+def test_a_head_that_can_not_be_told_its_positions_falls_back_loudly(how, monkeypatch, capsys):
+    model, batch = make_model("llama", "full"), collate(make_rows(6))
+    [expected] = losses.next_token(model, batch)
+    assert capsys.readouterr().out == ""
+    if how == "no module":
+        monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    else:  # the matrix is multiplied by hand, and the result is scaled
+        class ByHand(torch.nn.Module):
+            def forward(self, hidden):
+                return 1.0 * F.linear(hidden, model.lm_head.weight)
+
+        head, by_hand = model.lm_head, ByHand()
+        monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: head)
+        by_hand.weight = model.lm_head.weight
+        monkeypatch.setitem(model._modules, "lm_head", by_hand)
+    losses._say_once.cache_clear()
+    for _ in range(2):
+        [part] = losses.next_token(model, batch)
+        torch.testing.assert_close(part.logits, expected.logits)
+        torch.testing.assert_close(part.nll(), expected.nll())
+    assert capsys.readouterr().out.count("the head of LlamaForCausalLM can't be told which positions are trained on") == 1
+
+
+def test_logits_that_are_capped_after_the_head_are_those_of_all_positions():
+    """Gemma 2's soft cap is elementwise, so the positions may be chosen before it."""
+    set_seed(0)
+    config = Gemma2Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.05, initializer_range=0.1)
+    model, batch = AutoModelForCausalLM.from_config(config).eval(), collate(make_rows(6))
+    [part] = losses.next_token(model, batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(part.logits, logits[:, :-1][part.where])
+    assert 0.049 < part.logits.abs().max() < 0.0501  # the cap is reached
 
 
 def test_a_head_that_sees_other_positions_is_refused():

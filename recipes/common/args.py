@@ -7,6 +7,7 @@ all work under their own names. `transformers` is imported only once the command
 
 import argparse
 import difflib
+import json
 import math
 import os
 import sys
@@ -19,17 +20,23 @@ from recipes.common.errors import UserError
 
 
 def option(default, help, **metadata):
-    """A dataclass field with its help text: one flag of a recipe. `at_least` and `below` bound a number."""
+    """A dataclass field with its help text: one flag of a recipe. `at_least` and `below` bound a number; `search` holds the values that
+    scripts/compare.py --search tries."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def trainer_option(default, help, **others):
     """A flag of `TrainingArguments` for which the recipe has a better default.
 
-    `others` are defaults for a task (`classify=1e-3`), or for a flag of the recipe that is switched on (`prefix_projection=1e-3`).
+    `others` are defaults for a task (`classify=1e-3`), or for a flag that is switched on (`prefix_projection=1e-3`).
     """
     shown = "".join(f"; {value:g} with {name}" for name, value in others.items())
     return option(default, help + shown, trainer=True, at_least=0, others=others)
+
+
+FAULTS = "when a run is interrupted or goes wrong"
+WRITING = ("chat", "translate")  # tasks whose models write text
+WRITTEN = ("bleu", "rougeL", "chrf")  # metrics of what they write
 
 
 @dataclass
@@ -40,8 +47,8 @@ class SharedArguments:
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
     columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
-    task: typing.Literal["chat", "classify", "tag", "translate"] = option("chat", "what the rows are: data/README.md holds each task's "
-                                                                          "columns")
+    task: typing.Literal["chat", "classify", "tag", "translate", "pretrain"] = option(
+        "chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
     max_length: int = option(None, "tokens a row may have (default: the task's, 768 for chat); a longer dialogue loses whole turns, the "
                              "oldest first", at_least=8)
@@ -49,10 +56,15 @@ class SharedArguments:
     on_bad_row: typing.Literal["stop", "skip"] = option("stop", "a row that breaks the contract: stop, or leave out and list")
     max_train_samples: int = option(None, "train on the first N rows only (for a quick trial)", at_least=1)
     max_eval_samples: int = option(None, "evaluate on the first N dev rows only", at_least=1)
+    train_fraction: float = option(1.0, "train on this share of the train rows, drawn with --seed; a smaller share is part of a larger one",
+                                   at_least=0)
+    max_tokens: int = option(None, "train on about N tokens, in place of --num_train_epochs", at_least=1)
+    max_minutes: float = option(None, "end the training after so many minutes, wherever its schedule stands", at_least=0)
     streaming: bool = option(False, "read the train rows while training, from sources of any size, and keep nothing; needs --max_steps")
     shuffle_buffer: int = option(10_000, "of --streaming: rows among which the next one is drawn", at_least=1)
     preprocessing_num_workers: int = option(None, "processes that tokenize (default: one a CPU core)", at_least=1)
-    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss; 0: never", at_least=0)
+    early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss (or --metric_for_best_model); 0: never",
+                                          at_least=0)
 
     label: str = option("label", "the column to predict; of dialogues, the key of the turns (intent, sentiment)", task="classify")
     context_turns: int = option(0, "of dialogues: the N turns before the one to classify are read too", task="classify", at_least=0)
@@ -66,12 +78,26 @@ class SharedArguments:
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
 
+    eval_generate_rows: int = option(0, "at each evaluation, answer N dev turns or pairs too: metrics bleu, rougeL and chrf, as in "
+                                     "--metric_for_best_model rougeL; 0: none", task=WRITING, at_least=0)
+    eval_generate_tokens: int = option(128, "longest of these answers", task=WRITING, at_least=1)
+    eval_generate_seconds: float = option(60.0, "begin no further batch of these answers after so many seconds; how many were answered is "
+                                          "told, but what was answered then depends on the machine", task=WRITING, at_least=1)
+
     start_from: str = option(None, "go on from this finished run on new data, with its model, template and labels; an adapter by its own "
                              "recipe", group="continual fine-tuning")
     replay: str = option(None, "SOURCE:SHARE mixes old or general rows in: SHARE of the train rows come from there, as in old.jsonl:0.2",
                          group="continual fine-tuning")
     measure_forgetting: str = option(None, "score this data's dev rows before and after the training; --replay does so by itself",
                                      group="continual fine-tuning")
+
+    tokens_per_step: int = option(None, "an optimizer step holds about N tokens, of all processes together, in place of a number of rows",
+                                  at_least=1, group="speed")
+    micro_batch_tokens: int = option(None, "run rows of a step together up to N tokens, padding included; changes time and memory, not the "
+                                     "result. 0: what suits the hardware (the default, unless the Trainer's batch flags are given)",
+                                     at_least=0, group="speed")
+    attention: typing.Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = option(
+        "auto", "attention kernel; auto: sdpa, and on a CPU plain matrix products for short rows", group="speed")
 
     layer_lr_decay: float = option(1.0, "each block learns this times as fast as the one above it: 0.9 spares the lower ones",
                                    at_least=0.01, group="against over-fitting")
@@ -83,15 +109,31 @@ class SharedArguments:
                                         group="against over-fitting")
     r_drop: float = option(0.0, "weight of R-Drop: two passes with different dropout must agree (1 to 5); doubles the time of a step",
                            at_least=0, group="against over-fitting")
+
+    on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, "
+                                                                "leave the step out, or also go back to the last checkpoint", group=FAULTS)
+    data_timeout: int = option(600, "seconds that the data of a step may take to come; 0: no limit", at_least=0, group=FAULTS)
+    allow_changed: str = option(None, "on --resume_from_checkpoint: arguments that may differ from before, as in num_train_epochs,rows",
+                                group=FAULTS)
+    repeats: str = option(None, "the run.json that this run repeats (scripts/train.py --config sets it): changed data are said",
+                          group=FAULTS)
+
     instruction: str = option(None, "what a decoder-only model is told before the source (Translate to Chinese:)", task="translate")
     source_prefix: str = option(None, "what an encoder-decoder reads before the source (T5: translate English to German: )",
                                 task="translate")
+    next_sentence: bool = option(False, "encoders with BERT's head for it: also learn whether the second text of a pair follows the first",
+                                 task="pretrain")
+    from_scratch: bool = option(False, "only the architecture of --model: weights drawn at random (--seed)", task="pretrain")
+    vocab_size: int = option(None, "with --from_scratch: train a tokenizer of the model's kind, of N tokens, on the train rows (default: "
+                             "the model's own tokenizer)", task="pretrain", at_least=8)
+    config: str = option(None, "with --from_scratch: other sizes, as in num_hidden_layers=4,hidden_size=256", task="pretrain")
 
 
 @dataclass
 class Method:
     """Base of every recipe's `MethodArguments`."""
 
+    learns_from_scratch = False  # whether every weight is trained, so that --from_scratch makes sense
     load_in_4bit = False  # a method that freezes the matrices may have a flag of this name
 
     def check(self, shared: SharedArguments, training) -> None:
@@ -118,6 +160,11 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
+# Flags that decide which rows are read and what a model makes of them; scripts/doctor.py takes the same.
+READING = ("data", "columns", "task", "fallback_model", "max_length", "dev_fraction", "on_bad_row", "label", "context_turns", "multi_label",
+           "oos_label", "instruction", "source_prefix")
+SEED = 42  # the Trainer's default
+
 SHORT = ("classify", "tag", "translate")  # tasks whose rows are a sentence rather than a dialogue
 
 
@@ -142,7 +189,8 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     every.add_argument("--help_trainer", action="store_true", help="show the Trainer's flags")
     for kind, title in (("group", "{}"), ("task", "--task {}")):
         for name in dict.fromkeys(f.metadata[kind] for f in fields(SharedArguments) if kind in f.metadata):
-            add_fields(parser.add_argument_group(title.format(name)), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
+            shown = title.format(name if isinstance(name, str) else " or ".join(name))
+            add_fields(parser.add_argument_group(shown), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
     known, rest = parser.parse_known_args(argv)
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
@@ -152,16 +200,45 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
         if f.metadata.get("trainer"):
             given = any(word.split("=")[0] == f"--{f.name}" for word in argv)
             if not given:
-                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False))
+                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False)
+                           or getattr(shared, name, False))
                 setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
     if shared.streaming:  # there are no epochs
         defaults |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.1}
-    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared.task)
+    training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared)
     _check(shared, training, argv)
+    if shared.from_scratch and not method.learns_from_scratch:
+        raise UserError("--from_scratch draws every weight at random, and this recipe would leave most of them so: use --recipe full")
     method.check(shared, training)
     return shared, method, training
+
+
+def of_record(record: dict, method_class: type[Method]) -> list[str]:
+    """The flags that give the run of `record` (a run.json) again, but for --output_dir, for the recipe with this `method_class`."""
+    from transformers import TrainingArguments
+
+    shared, method, training = (record[f"{name}_arguments"] for name in ("shared", "method", "training"))
+    if record["model"]["used"] != record["model"]["requested"] and not shared["start_from"]:
+        shared = shared | {"model": record["model"]["used"]}  # a fallback, which stands for nothing else now
+    own = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(SharedArguments)}
+    wanted = {name: value for name, value in shared.items() if value != own.get(name) and name not in ("allow_changed", "repeats")}
+    wanted |= {f.name: method[f.name] for f in fields(method_class) if f.name in method}
+    plain = json.loads(json.dumps(TrainingArguments(output_dir=training["output_dir"], use_cpu=training["use_cpu"]).to_dict(), default=str))
+    plain |= {name: default for name, (default, _) in TRAINER_DEFAULTS.items()} | {"report_to": ["tensorboard"]}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "bf16", "use_cpu",
+                 "load_best_model_at_end"):
+        plain.pop(name)  # their defaults depend on the hardware and on other flags
+    wanted |= {name: value for name, value in training.items() if value != plain.get(name) if name not in wanted
+               and name not in ("output_dir", "resume_from_checkpoint", "local_rank") and not name.endswith("_token")}
+    words = []
+    for name, value in wanted.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value or ["none"])]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def add_fields(parser, cls, wanted=lambda f: True) -> None:
@@ -228,7 +305,7 @@ def _bare_resume(argv: list[str]) -> list[str]:
     return out
 
 
-def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser, task: str):
+def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentParser, shared: SharedArguments):
     import torch
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
@@ -240,12 +317,16 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
     defaults["remove_unused_columns"] = False  # a collator takes what it needs; some is no argument of the model
-    if not given & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        # Dialogues, 8 a step: at once on a GPU; row by row on a CPU, where one row's activations stay in the cache. Short texts, 32.
-        batch, accumulation = (32, 1) if task in SHORT else (1, 8) if defaults["use_cpu"] else (8, 1)
-        defaults |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    sizes = given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if not sizes:
+        # The rows of a step: 8 dialogues, or 32 short texts. How many of them run together is another matter (batches.py).
+        defaults["per_device_train_batch_size"] = 32 if shared.task in SHORT else 8
+    if shared.micro_batch_tokens is None and (shared.tokens_per_step or not sizes):
+        shared.micro_batch_tokens = 0
+    if shared.tokens_per_step and "per_device_train_batch_size" in given:
+        print("note: --tokens_per_step decides what a step holds, whatever --per_device_train_batch_size says")
     if "per_device_eval_batch_size" not in given:
-        defaults["per_device_eval_batch_size"] = 32 if task in SHORT else 1 if defaults["use_cpu"] else 8
+        defaults["per_device_eval_batch_size"] = 32 if shared.task in SHORT else 1 if defaults["use_cpu"] else 8
     if not given & {"bf16", "fp16"}:
         from recipes.common.models import native_bf16
 
@@ -269,12 +350,30 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
 
 
-def _check(shared: SharedArguments, training, argv: list[str]) -> None:
+def check_task(shared: SharedArguments, argv: list[str]) -> None:
+    """Raise `UserError` if the command line has a flag of another task."""
+    flags = {word.split("=")[0] for word in argv}
     for f in fields(SharedArguments):
-        if f.metadata.get("task", shared.task) != shared.task and any(word.split("=")[0] == f"--{f.name}" for word in argv):
-            raise UserError(f"--{f.name} is for --task {f.metadata['task']}; this is --task {shared.task}")
+        theirs = f.metadata.get("task", shared.task)
+        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        if shared.task not in theirs and f"--{f.name}" in flags:
+            raise UserError(f"--{f.name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
+
+
+def _check(shared: SharedArguments, training, argv: list[str]) -> None:
+    check_task(shared, argv)
+    best = (training.metric_for_best_model or "").removeprefix("eval_")
+    if best in WRITTEN and not shared.eval_generate_rows:
+        raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
+    if best in WRITTEN and not training.greater_is_better:
+        raise UserError(f"--metric_for_best_model {best} would keep the worst checkpoint, as more is better: add --greater_is_better True")
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
+    if shared.tokens_per_step and training.gradient_accumulation_steps > 1:
+        raise UserError("--tokens_per_step is what a whole step holds: leave --gradient_accumulation_steps out")
+    strategy = training.train_sampling_strategy
+    if shared.tokens_per_step and strategy not in ("random", "sequential"):
+        raise UserError(f"--train_sampling_strategy {strategy} can't be combined with --tokens_per_step: leave one of them out")
     if shared.multi_label:
         for name, given in (("class_weights", shared.class_weights != "none"), ("oos_label", shared.oos_label),
                             ("label_smoothing_factor", training.label_smoothing_factor)):
@@ -283,20 +382,36 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
+    for name, why in (("auto_find_batch_size", "batches are halved by themselves when memory runs out, and the step keeps its rows"),
+                      ("enable_jit_checkpoint", "SIGTERM writes a checkpoint by itself"),
+                      ("restore_callback_states_from_checkpoint", "a resume restores them by itself")):
+        if getattr(training, name):
+            raise UserError(f"--{name}: {why}; leave it out")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.streaming:
+        for name in ("replay", "measure_forgetting", "max_train_samples", "train_fraction", "max_tokens", "tokens_per_step"):
+            if getattr(shared, name) != getattr(SharedArguments, name):
+                raise UserError(f"--{name} needs to know all rows, and --streaming never does: leave one of them out")
         if training.max_steps <= 0:
             raise UserError("--streaming does not know how many rows there are: say how long to train with --max_steps N")
-        for name in ("replay", "measure_forgetting", "max_train_samples"):
-            if getattr(shared, name):
-                raise UserError(f"--{name} needs to know all rows, and --streaming never does: leave one of them out")
         if training.dataloader_num_workers:
             raise UserError("--dataloader_num_workers: the process that trains reads the stream as well: leave it out")
         if training.train_sampling_strategy != "random":
             raise UserError(f"--train_sampling_strategy {training.train_sampling_strategy}: a stream comes in its own order: leave it out")
+    if not 0 < shared.train_fraction <= 1:
+        raise UserError(f"--train_fraction {shared.train_fraction:g} is no share: use a number above 0 and up to 1, such as 0.5")
+    if shared.max_tokens and any(word.split("=")[0] in ("--max_steps", "--num_train_epochs") for word in argv):
+        raise UserError("--max_tokens says how long to train: leave --max_steps and --num_train_epochs out")
     if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
+    if shared.start_from and shared.from_scratch:
+        raise UserError("--start_from goes on from what a run has learned: leave --from_scratch out")
+    for name in ("vocab_size", "config"):
+        if getattr(shared, name) is not None and not shared.from_scratch:
+            raise UserError(f"--{name} changes a model that is trained from the beginning: add --from_scratch, or leave it out")
+    if shared.repeats and not Path(shared.repeats).is_file():
+        raise UserError(f"--repeats {shared.repeats}: no such file; name the run.json of a finished run")
     if shared.replay and shared.measure_forgetting:
         raise UserError("--replay measures forgetting on its own source: leave --measure_forgetting out")
     if not 0 < shared.dev_fraction < 1:

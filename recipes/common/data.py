@@ -230,9 +230,8 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         return
     if size < 2 and without == parts:
         raise UserError(f"{parts[0]['train'].source} has one row: training needs at least two, as one is held out as dev")
-    held_out = min(max(1, round(size * dev_fraction)), size - 1)
     chosen = np.zeros(size, dtype=bool)
-    chosen[random.Random(seed).sample(range(size), held_out)] = True
+    chosen[list(held_out(size, dev_fraction, seed))] = True
     start = 0
     for part in without:
         train = part["train"]
@@ -242,6 +241,11 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
             part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), f"{train.source} ({taken.sum()} rows held out, seed {seed})",
                                train.sha256)
         train.rows = train.rows.take(np.flatnonzero(~taken))
+
+
+def held_out(size: int, dev_fraction: float, seed: int) -> set[int]:
+    """Which of `size` train rows (at least two) become dev: a share, at least one, and never all of them."""
+    return set(random.Random(seed).sample(range(size), min(max(1, round(size * dev_fraction)), size - 1)))
 
 
 def join(parts: list[Rows]) -> Rows:

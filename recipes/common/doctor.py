@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from recipes.common.chat import IGNORE
-from recipes.common.duplicates import leaks, near_duplicates, row_text
+from recipes.common.duplicates import digest, leaks, near_duplicates, row_text
 from recipes.common.metrics import detect_language
 from recipes.common.pii import KINDS, ORDER_PATTERNS, find
 
@@ -20,20 +20,66 @@ RARE = 5    # a label in fewer rows of train is learned from next to nothing
 BARS = 10   # of a histogram, at most
 WIDTH = 40  # characters of the longest bar
 SHOWN = 10  # items of a list in the terminal; the summary has all
+LOOKED_AT = 100  # rows of a split that `brief` searches for personal data; libphonenumber takes a tenth of a tokenizer's time
+LOPSIDED = 0.9   # share of the rows with one label from which `brief` warns
+
+# How to mend what a code stands for.
+REMEDIES = {
+    "unreadable": "mend the file, or leave it out",
+    "bad-row": "mend these rows, or leave them out with --on_bad_row skip",
+    "refused-row": "mend these rows, leave them out with --on_bad_row skip, or take another --model",
+    "stops": "mend that first, as the other checks wait for it",
+    "shortened": "raise --max_length, unless that text can be spared",
+    "left-out": "raise --max_length, split long answers, or take these rows out",
+    "nothing-trained": "raise --max_length, or take these rows out",
+    "no-end": "the model would not learn to stop: take another --model, or report its chat template",
+    "double-bos": "take the token out of the text; the chat template writes it already",
+    "special-token": "take it out of the text: the model would read it as a sign of its own",
+    "unknown-token": "take another --model, whose tokenizer knows these characters",
+    "rare-label": "add rows or merge such labels (for classify, --class_weights balanced helps)",
+    "one-label": "add rows with other labels, or name another column with --label",
+    "unseen-label": "add train rows with these labels, or take the rows out",
+    "conflict": "decide for one of them",
+    "language": 'correct the column "language": scores are kept by it',
+    "duplicate": "keep one of each, unless their number is meant to count",
+    "near-duplicate": "keep one of each, unless the variety is meant",
+    "leak-exact": "take these rows out of one of the two splits",
+    "leak-near": "look at them, and take what is the same out of one of the two splits",
+    "leak-id": "take these rows out of one of the two splits, or correct the ids",
+    "not-compared": "",
+    **dict.fromkeys(("personal-email", "personal-id-card", "personal-bank-card", "personal-order", "personal-phone"),
+                    "--mask_pii OUT writes a copy with placeholders in their place"),
+}
 
 _LABELS = ("label", "tags", "intent", "sentiment", "action")  # columns of a row, or keys of its turns
-_PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "BANK_CARD": "bank card numbers",
+_LEAKS = {"exact": "stand word for word in an earlier one", "near": "nearly stand in an earlier one", "id": "have an id of an earlier one"}
+PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "BANK_CARD": "bank card numbers",
              "ORDER": "order numbers", "PHONE": "telephone numbers"}
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a file (data/README.md) and what a tokenizer makes of them; entry i of each list is about the same row."""
+    """The rows of a file (data/README.md) and what a tokenizer makes of them; entry i of each list is about the same row.
+
+    Where a row of the file holds several of the task's (a dialogue with its labelled turns), `items` are the task's, `item_numbers` the
+    row of the file that each is from, and lengths and supervised counts are about these.
+    """
 
     rows: Sequence[dict]
-    numbers: Sequence[int]     # row numbers in the file
-    lengths: Sequence[int]     # tokens of the whole row, before anything is shortened
-    supervised: Sequence[int]  # tokens trained on after shortening to max_length; 0 for a row that is left out
+    numbers: Sequence[int | str]      # row numbers in the file; "FILE:NUMBER" where a split has several files
+    lengths: Sequence[int]            # tokens of the whole row, before anything is shortened
+    supervised: Sequence[int | None]  # tokens trained on after shortening; 0 for a row that is left out, None for one that should be
+    items: Sequence[dict] | None = None
+    item_numbers: Sequence[int | str] | None = None
+    unit: str = "rows"       # what an item is called
+    trained: str = "tokens"  # what is counted as supervised
+    learned: Sequence[str] = ("label", "tags")  # columns that a model is to predict; others are shown and no more
+
+    def labelled(self) -> tuple[list[int | str], list[dict]]:
+        """Numbers and items of those that have a part in the training or its scores."""
+        items, numbers = (self.rows, self.numbers) if self.items is None else (self.items, self.item_numbers)
+        found = [(n, item) for n, item, supervised in zip(numbers, items, self.supervised, strict=True) if supervised is not None]
+        return [number for number, _ in found], [item for _, item in found]
 
 
 @dataclass(frozen=True)
@@ -43,37 +89,82 @@ class Finding:
     severity: str    # "error": training or scores are wrong with it; "warning": look at it; "info"
     code: str        # names the check for machines: "leak-exact", "too-long", ...
     sentence: str
-    rows: list[int]  # row numbers in the file of `split`; empty when it is about all of them
-    count: int       # the number that the sentence begins with
+    rows: list[int | str]  # row numbers in the file of `split`; empty when it is about all of them
+    count: int       # of what the sentence is about: rows, labels, texts
     split: str
 
 
 def examine(splits: dict[str, Split], max_length: int, threshold: float = 0.8,
-            orders: Sequence[str] = ORDER_PATTERNS) -> tuple[dict, list[Finding]]:
+            orders: Sequence[str] = ORDER_PATTERNS, found: Sequence[Finding] = ()) -> tuple[dict, list[Finding]]:
     """Run all checks over `splits`: train, dev and test, or some of them, each with at least one row.
 
-    `max_length` in tokens; `threshold` as in `duplicates.near_duplicates`, `orders` as in `pii.find`. Returns a summary that
-    `json.dumps` takes, and the findings, errors first. Raises ValueError when a split is empty or its lists differ in length.
+    `max_length` in tokens; `threshold` as in `duplicates.near_duplicates`, `orders` as in `pii.find`; `found` are findings of elsewhere,
+    to be told with these. Returns a summary that `json.dumps` takes, and the findings, errors first. Raises ValueError when a split is
+    empty or its lists differ in length.
     """
-    summary, findings = {"max_length": max_length, "threshold": threshold, "splits": {}}, []
+    summary, findings = {"max_length": max_length, "threshold": threshold, "splits": {}}, list(found)
     for name, split in splits.items():
-        sizes = [len(part) for part in (split.rows, split.numbers, split.lengths, split.supervised)]
-        if len(set(sizes)) != 1 or not sizes[0]:
+        items = (split.rows, split.numbers) if split.items is None else (split.items, split.item_numbers)
+        sizes = [len(part) for part in (*items, split.lengths, split.supervised)]
+        if len(set(sizes)) != 1 or not sizes[0] or len(split.rows) != len(split.numbers):
             raise ValueError(f"{name}: {sizes} rows, row numbers, lengths and supervised counts; give one of each for at least one row")
         checks = {
             "tokens": _check_lengths(name, split, max_length),
             "labels": _check_labels(name, split),
+            "conflicts": _check_conflicts(name, split),
             "languages": _check_languages(name, split),
             "duplicates": _check_duplicates(name, split, threshold),
             "personal_data": _check_personal_data(name, split, orders),
         }
-        summary["splits"][name] = {"rows": len(split.rows), **{key: figures for key, (figures, _) in checks.items()}}
+        summary["splits"][name] = {"rows": len(split.rows), "items": sizes[0], "unit": split.unit, "trained": split.trained,
+                                   **{key: figures for key, (figures, _) in checks.items()}}
         findings += [finding for _, found in checks.values() for finding in found]
     summary["leaks"], found = _check_leaks(splits, threshold)
     findings += found + _check_unseen_labels(splits)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))  # stable
-    summary["findings"] = [asdict(finding) for finding in findings]
+    summary["findings"] = as_json(findings)
     return summary, findings
+
+
+def as_json(findings: Sequence[Finding]) -> list[dict]:
+    """Findings as `json.dumps` takes them, each with how to mend it."""
+    return [asdict(finding) | {"remedy": REMEDIES[finding.code]} for finding in findings]
+
+
+def brief(train: Sequence[dict], dev: Sequence[dict], labels: dict[str, int] | None = None,
+          repeated: bool = False) -> tuple[dict, list[str]]:
+    """What is worth a line before every training: counts for run.json, and sentences on what is not as it should be.
+
+    `labels`: how often each occurs in train. `repeated`: train repeats rows on purpose. Linear, and a few hundredths of what tokenizing
+    takes: it compares digests, and searches `LOOKED_AT` rows of a split for personal data.
+    """
+    known, copies, sentences = set(), 0, []
+    for row in train:
+        own = digest(row_text(row))
+        copies += own in known
+        known.add(own)
+    leaked = sum(digest(row_text(row)) in known for row in dev)
+    counts = {"duplicates": None if repeated else copies, "leaks": leaked, "personal_data": {}}
+    if copies and not repeated:
+        sentences.append(f"{copies} of {len(train)} train rows repeat an earlier one word for word")
+    if leaked:
+        sentences.append(f"{leaked} of {len(dev)} dev rows stand in train word for word, so dev scores are too good")
+    for name, rows in (("train", train), ("dev", dev)):
+        looked_at = range(0, len(rows), -(-len(rows) // LOOKED_AT) or 1)
+        kinds = Counter(kind for i in looked_at for kind in {found.kind for text in texts(rows[i]) for found in find(text)})
+        counts["personal_data"][name] = {"looked_at": len(looked_at), "rows": {kind: kinds[kind] for kind in KINDS if kinds[kind]}}
+        if kinds:
+            sentences.append(f"personal data in {len(looked_at)} {name} rows looked at: "
+                             + ", ".join(f"{PERSONAL[kind]} in {kinds[kind]}" for kind in KINDS if kinds[kind]))
+    if labels and "O" not in labels:  # of tags, most are O
+        label, most = max(labels.items(), key=lambda item: item[1])
+        share, rare = most / max(1, sum(labels.values())), [label for label, n in labels.items() if n < RARE]
+        counts["labels"] = {"most_frequent": label, "share": share, "rare": len(rare)}
+        if share >= LOPSIDED:
+            sentences.append(f"{share:.0%} of the train labels are {label}, so always saying that would score as much")
+        if rare:
+            sentences.append(f"{len(rare)} of {len(labels)} labels occur fewer than {RARE} times in train: {_listed(rare)}")
+    return counts, sentences
 
 
 def length_summary(lengths: Sequence[int], max_length: int) -> dict:
@@ -141,37 +232,49 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> 
     lines = []
     for name, split in summary["splits"].items():
         tokens, duplicates = split["tokens"], split["duplicates"]
+        several = "" if split["items"] == split["rows"] else f" in {split['rows']:,} rows"
         lines += [
-            f"{name}: {split['rows']:,} rows, {tokens['total']:,} tokens, {tokens['supervised']:,} of them trained on",
-            f"  tokens a row: {tokens['shortest']:,} to {tokens['longest']:,}, median {tokens['median']:,g}, mean {tokens['mean']:,.1f}",
+            f"{name}: {split['items']:,} {split['unit']}{several}, {tokens['total']:,} tokens, {tokens['supervised']:,} {split['trained']} "
+            "trained on",
+            f"  tokens of each: {tokens['shortest']:,} to {tokens['longest']:,}, median {tokens['median']:,g}, mean {tokens['mean']:,.1f}",
             *bars(tokens["histogram"]),
-            f"  longer than {summary['max_length']:,}: {tokens['over']:,}; "
-            + ", ".join(f"{length:,} keeps {percent} %" for percent, length in tokens["keeps"].items()),
+            f"  --max_length {summary['max_length']}: {tokens['shortened']:,} shortened, {tokens['untrained']:,} with nothing trained on; "
+            "kept whole "
+            + ", ".join(f"{percent} % by {length}" for percent, length in tokens["keeps"].items()),
             "  languages: " + ", ".join(f"{language} {n:,}" for language, n in split["languages"].items()),
         ]
         for column, labels in split["labels"].items():
             lines.append(f"  {column}: {len(labels['counts']):,} labels, entropy {labels['entropy']:.2f} of {labels['most']:.2f} bits: "
-                         + _listed([f"{label} {n:,}" for label, n in labels["counts"].items()]))
-        personal = ", ".join(f"{_PERSONAL[kind]} {found['places']:,}" for kind, found in split["personal_data"].items())
+                         + _listed([f"{label} {n:,}" for label, n in labels["counts"].items()], 6))
+        personal = ", ".join(f"{PERSONAL[kind]} {found['places']:,} (rows: {len(found['rows']):,})"
+                             for kind, found in split["personal_data"].items())
         lines += [
-            f"  duplicates: exact {duplicates['exact']:,}, near {duplicates['near']:,} ({duplicates['comparisons']:,} comparisons)",
+            f"  duplicates: {duplicates['exact']:,} exact, {duplicates['near']:,} near",
             f"  personal data: {personal or 'none found'}",
             "",
         ]
-    leaked = summary["leaks"]
-    lines += [f"leaks: {len(leaked['found']):,} ({leaked['comparisons']:,} comparisons)", ""]
+    kinds = Counter(leak["kind"] for leak in summary["leaks"]["found"]) if "leaks" in summary else {}
+    if len(summary["splits"]) > 1:
+        lines += ["between splits: " + (", ".join(f"{n:,} rows {_LEAKS[kind]}" for kind, n in kinds.items()) or "no leaks"), ""]
+    return "\n".join([*lines, *verdict(findings, colour)])
+
+
+def verdict(findings: Sequence[Finding], colour: bool = False) -> list[str]:
+    """Lines for a terminal: each finding with how to mend it, and how many there are."""
+    lines = []
     for finding in findings:
         paint = {"error": "31", "warning": "33", "info": "36"}[finding.severity]
         mark = f"\033[{paint}m{finding.severity}\033[0m" if colour else finding.severity
         rows = f" (row{'s' * (len(finding.rows) > 1)} {_listed(finding.rows)})" if finding.rows else ""
-        lines.append(f"{mark}: {finding.sentence}{rows} [{finding.code}]")
+        remedy = REMEDIES[finding.code]
+        lines.append(f"{mark}: {finding.sentence}{rows}{remedy and f'; {remedy}'} [{finding.code}]")
     totals = Counter(finding.severity for finding in findings)
-    lines.append(f"errors: {totals['error']}, warnings: {totals['warning']}, infos: {totals['info']}")
-    return "\n".join(lines)
+    return [*lines, f"errors: {totals['error']}, warnings: {totals['warning']}, infos: {totals['info']}"]
 
 
 def bars(bins: Sequence[dict]) -> list[str]:
-    """Lines of a histogram: from, to, rows and a bar. A bin that isn't empty shows at least a sliver."""
+    """Lines of a histogram, from the first bin with a row: from, to, rows and a bar. A bin that isn't empty shows at least a sliver."""
+    bins = bins[next(i for i, bin in enumerate(bins) if bin["rows"]):]
     most = max(bin["rows"] for bin in bins)
     edge, figure = len(f"{bins[-1]['to']:,}"), len(f"{most:,}")
     return [f"  {bin['from']:>{edge},} - {bin['to']:>{edge},}  {bin['rows']:>{figure},} {_bar(bin['rows'], most)}".rstrip()
@@ -186,7 +289,6 @@ def rendered(tokenizer, input_ids: Sequence[int], labels: Sequence[int], colour:
     """
     if len(input_ids) != len(labels):
         raise ValueError(f"{len(input_ids)} input_ids but {len(labels)} labels")
-    opening, closing = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     text, shown = "", ""
     for i, label in enumerate(labels):
         last = i + 1 == len(labels)
@@ -196,29 +298,58 @@ def rendered(tokenizer, input_ids: Sequence[int], labels: Sequence[int], colour:
             if not last:
                 so_far = so_far.rstrip("\ufffd")
             piece, text = so_far[len(text):], so_far
-            shown += piece if label == IGNORE else f"{opening}{piece}{closing}"
+            shown += piece if label == IGNORE else marked(piece, colour)
     return shown
 
 
+def marked(text: str, colour: bool = True) -> str:
+    """`text` as something that is trained on: see `rendered`."""
+    return f"\033[32m{text}\033[0m" if colour else f"⟦{text}⟧"
+
+
+def flaws(input_ids: Sequence[int], labels: Sequence[int], end: int, bos: int | None) -> set[str]:
+    """Codes of what is wrong with an encoded dialogue: "no-end" if something that is trained on does not stop with the token `end`,
+    "double-bos" if it begins with the token `bos` twice."""
+    found = set()
+    for t, label in enumerate(labels):
+        if label not in (IGNORE, end) and (t + 1 == len(labels) or labels[t + 1] == IGNORE):
+            found.add("no-end")
+    if bos is not None and list(input_ids[:2]) == [bos, bos]:
+        found.add("double-bos")
+    return found
+
+
+def texts(row: dict) -> list[str]:
+    """All that a model reads of a row. System turns count here, as they do not in `row_text`."""
+    return [turn["content"] for turn in row["messages"]] if "messages" in row else [row_text(row)]
+
+
 def _check_lengths(name: str, split: Split, max_length: int) -> tuple[dict, list[Finding]]:
-    figures = {**length_summary(split.lengths, max_length), "supervised": sum(split.supervised)}
-    findings, keeps, n = [], figures["keeps"], len(split.rows)
-    if figures["over"]:
-        rows = [number for number, length in zip(split.numbers, split.lengths, strict=True) if length > max_length]
-        findings.append(Finding("warning", "too-long", (
-            f"{len(rows)} of {n} rows in {name} are longer than --max_length {max_length}, so they lose text or are left out; "
-            f"{keeps['95']} keeps 95 % whole, {keeps['99']} keeps 99 %, {keeps['100']} all"), rows, len(rows), name))
-    empty = [number for number, tokens in zip(split.numbers, split.supervised, strict=True) if tokens == 0]
-    if empty:
-        findings.append(Finding("error", "nothing-trained", (
-            f"{len(empty)} of {n} rows in {name} have no token to train on; raise --max_length, or take them out"),
-            empty, len(empty), name))
-    return figures, findings
+    numbers = split.numbers if split.items is None else split.item_numbers
+    each = list(zip(numbers, split.lengths, split.supervised, strict=True))
+    rows = {
+        "shortened": [number for number, length, supervised in each if length > max_length and supervised != 0],
+        "left-out": [number for number, length, supervised in each if length > max_length and supervised == 0],
+        "nothing-trained": [number for number, length, supervised in each if length <= max_length and supervised == 0],
+    }
+    figures = {**length_summary(split.lengths, max_length), "supervised": sum(filter(None, split.supervised)),
+               "shortened": len(rows["shortened"]), "untrained": len(rows["left-out"]) + len(rows["nothing-trained"])}
+    keeps, n = figures["keeps"], f"{len(each)} {split.unit} in {name}"
+    whole = f"{keeps['95']} keeps 95 % whole, {keeps['99']} keeps 99 %, {keeps['100']} all"
+    sentences = {
+        "shortened": f"exceed --max_length {max_length} and are shortened; {whole}",
+        "left-out": f"exceed --max_length {max_length} so far that nothing of them is trained on; {whole}",
+        "nothing-trained": "have nothing to train on",
+    }
+    return figures, [Finding("warning", code, f"{len(found)} of {n} {sentences[code]}", list(dict.fromkeys(found)), len(found), name)
+                     for code, found in rows.items() if found]
 
 
 def _check_labels(name: str, split: Split) -> tuple[dict, list[Finding]]:
-    figures, findings = balance(split.rows), []
+    figures, findings = balance(split.labelled()[1]), []
     for column, labels in figures.items() if name == "train" else ():
+        if column not in split.learned:
+            continue
         counts, rare = labels["counts"], labels["rare"]
         if rare:
             findings.append(Finding("warning", "rare-label", (
@@ -231,10 +362,10 @@ def _check_labels(name: str, split: Split) -> tuple[dict, list[Finding]]:
 
 
 def _check_unseen_labels(splits: dict[str, Split]) -> list[Finding]:
-    known, findings = balance(splits["train"].rows) if "train" in splits else {}, []
+    known, findings = balance(splits["train"].labelled()[1]) if "train" in splits else {}, []
     for name, split in splits.items():
-        for column, labels in balance(split.rows).items():
-            unseen = sorted(labels["counts"].keys() - known[column]["counts"].keys()) if column in known else []
+        for column, labels in balance(split.labelled()[1]).items():
+            unseen = sorted(labels["counts"].keys() - known[column]["counts"].keys()) if column in known and column in split.learned else []
             if unseen:
                 findings.append(Finding("warning", "unseen-label", (
                     f"{len(unseen)} of {len(labels['counts'])} values of {column} in {name} never occur in train: {_listed(unseen)}"),
@@ -244,14 +375,29 @@ def _check_unseen_labels(splits: dict[str, Split]) -> list[Finding]:
 
 def _rows_with(split: Split, column: str, labels: Iterable[str]) -> list[int]:
     wanted = set(labels)
-    return [number for number, row in zip(split.numbers, split.rows, strict=True) if wanted & set(labels_of(row).get(column, []))]
+    found = (number for number, item in zip(*split.labelled(), strict=True) if wanted & set(labels_of(item).get(column, [])))
+    return list(dict.fromkeys(found))
+
+
+def _check_conflicts(name: str, split: Split) -> tuple[int, list[Finding]]:
+    """Texts with several labels. Turns of a dialogue are left out: what a "yes" means depends on what came before."""
+    labels, numbers = {}, {}
+    for number, row in zip(split.numbers, split.rows, strict=True):
+        if given := [row[column] for column in split.learned if column in row]:
+            own = digest(row_text(row))
+            labels.setdefault(own, set()).add(json.dumps(given))
+            numbers.setdefault(own, []).append(number)
+    found = [own for own, different in labels.items() if len(different) > 1]
+    if not found:
+        return 0, []
+    rows = [number for own in found for number in numbers[own]]
+    return len(found), [Finding("warning", "conflict", (
+        f"{len(found)} of {len(labels)} different texts in {name} stand there with more than one label"), rows, len(found), name)]
 
 
 def _check_languages(name: str, split: Split) -> tuple[dict, list[Finding]]:
     detected = [detect_language(row_text(row)) for row in split.rows]
-    figures = dict(sorted(Counter(detected).items()))
-    mix = ", ".join(f"{n} {language}" for language, n in figures.items())
-    findings = [Finding("info", "languages", f"{len(split.rows)} rows in {name}, by their script: {mix}", [], len(split.rows), name)]
+    figures, findings = dict(sorted(Counter(detected).items())), []
     wrong = [number for number, row, language in zip(split.numbers, split.rows, detected, strict=True)
              if row.get("language") in ("en", "zh") and row["language"] != language]
     if wrong:
@@ -280,14 +426,14 @@ def _check_duplicates(name: str, split: Split, threshold: float) -> tuple[dict, 
 def _check_personal_data(name: str, split: Split, orders: Sequence[str]) -> tuple[dict, list[Finding]]:
     places = {kind: Counter() for kind in KINDS}
     for number, row in zip(split.numbers, split.rows, strict=True):
-        # System turns count here: whatever a row says, the model reads.
-        for text in [turn["content"] for turn in row["messages"]] if "messages" in row else [row_text(row)]:
+        for text in texts(row):
             for found in find(text, orders):
                 places[found.kind][number] += 1
     figures = {kind: {"places": counter.total(), "rows": list(counter)} for kind, counter in places.items() if counter}
     # Order numbers are what a shop talks about; the others should make one think.
+    why = ", which a model may learn and repeat" if name == "train" else ""
     findings = [Finding("info" if kind == "ORDER" else "warning", f"personal-{kind.lower().replace('_', '-')}", (
-        f"{len(found['rows'])} of {len(split.rows)} rows in {name} hold {_PERSONAL[kind]}, which a model may learn and repeat"),
+        f"{len(found['rows'])} of {len(split.rows)} rows in {name} hold {PERSONAL[kind]}{why}"),
         found["rows"], len(found["rows"]), name) for kind, found in figures.items()]
     return figures, findings
 
@@ -321,9 +467,9 @@ def _skipped(count: int, name: str) -> list[Finding]:
         "missing"), [], count, name)]
 
 
-def _listed(items: Sequence) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(map(str, items[:SHOWN])) + more
+def _listed(items: Sequence, shown: int = SHOWN) -> str:
+    more = f" and {len(items) - shown:,} more" if len(items) > shown else ""
+    return ", ".join(map(str, items[:shown])) + more
 
 
 def _bar(value: int, most: int) -> str:

@@ -80,14 +80,19 @@ def jaccard(a: set[str], b: set[str]) -> float:
 
 
 def row_text(row: dict) -> str:
-    """The text of a row by which it is compared: its turns, or its `text`, `text_pair`, `source`, `target` and `tokens`, a line each.
+    """The text of a row by which it is compared, a line each: its turns, or `text`, `text_pair`, `source`, `target`, `refs` and `tokens`.
 
     System turns are left out: a data set has few different ones, and they would make short dialogues look alike.
     """
     if "messages" in row:
         return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] != "system")
-    fields = [row[name] for name in ("text", "text_pair", "source", "target") if name in row]
-    return "\n".join([*fields, *([" ".join(row["tokens"])] if "tokens" in row else [])])
+    fields = [row[name] for name in ("text", "text_pair", "source", "target") if row.get(name) is not None]
+    return "\n".join([*fields, *row.get("refs", ()), *([" ".join(row["tokens"])] if "tokens" in row else [])])
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that texts have in common if they differ in nothing but case, width and blanks: keys of a fixed size for long texts."""
+    return hashlib.blake2b(_normal(text).encode(), digest_size=16).digest()
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> Duplicates:
@@ -182,8 +187,8 @@ def _normal(text: str) -> str:
 def _exact_groups(texts: Iterable[str]) -> list[list[int]]:
     """Indices of equal texts together, in the order of their first one; a text that stands alone is a group too."""
     groups = {}
-    for i, text in enumerate(texts):  # digests: keys of a fixed size, however long the texts
-        groups.setdefault(hashlib.blake2b(_normal(text).encode(), digest_size=16).digest(), []).append(i)
+    for i, text in enumerate(texts):
+        groups.setdefault(digest(text), []).append(i)
     return list(groups.values())
 
 

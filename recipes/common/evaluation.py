@@ -1,26 +1,69 @@
 """The scores of one or several models on the same rows, in one form for all tasks: on the screen, in run.json and in the report."""
 
 import math
+from collections import defaultdict
 
 LANGUAGES = ("en", "zh", "all")
+REPORTED = 20  # answers that the report shows beside each other
 
 
 def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str], samples: list, predictions: list[dict],
-           signature: str, **more) -> dict:
+           losses: dict, signature: str, **more) -> dict:
     """What a task's `evaluate` returns, ready for JSON.
 
     `columns` are headings; `scored` has a row for each language and model: "language", "model", "count" (of `unit`) and "values", one
     for each column. `rows` is the number of rows scored. A sample is a list of (who, text); a prediction is a line of
-    predictions-SPLIT.jsonl.
-    `more` is what only this task has (a classification report).
+    predictions-SPLIT.jsonl, with the number of its "row" from 0. `losses` is model -> row -> [summed negative log-likelihood in nats, its
+    number of items], for each row that could be scored. `more` is what only this task has (a classification report).
     """
     return {"rows": rows, "unit": unit, "columns": list(columns), "table": sorted(scored, key=lambda row: LANGUAGES.index(row["language"])),
-            "notes": notes, "signature": signature, "samples": samples, "predictions": predictions, **more}
+            "notes": notes, "signature": signature, "samples": samples, "predictions": predictions, "losses": losses, **more}
+
+
+def slices(keys: list[dict[str, str]], columns, scorers: dict) -> dict:
+    """The scores of parts of the rows: for each key (intent, language) a line for each of its values and each model.
+
+    `keys` has, for each item that is scored, its value of each key it has. `scorers` is name of a model -> a function from positions of
+    items to the values of `columns`. A key with the same value everywhere cuts nothing, and is left out.
+    """
+    parts = defaultdict(lambda: defaultdict(list))
+    for i, own in enumerate(keys):
+        for key, value in own.items():
+            parts[key][str(value)].append(i)
+    table = [{"by": key, "value": value, "model": name, "count": len(at), "values": list(score(at))}
+             for key, values in parts.items() if len(values) > 1
+             for value, at in sorted(values.items(), key=lambda item: _natural(item[0])) for name, score in scorers.items()]
+    return {"columns": list(columns), "table": table}
+
+
+def _natural(value: str) -> tuple:
+    """A sort key that puts 11-20 after 2."""
+    digits = value[: len(value) - len(value.lstrip("0123456789"))]
+    return (int(digits) if digits else -1, value)
+
+
+def print_slices(evaluation: dict) -> None:
+    """The scores of the parts, a block for each way to cut."""
+    found = evaluation["slices"]
+    width = max([len(row["value"]) + len(row["model"]) for row in found["table"]], default=0) + 2
+    by = None
+    for row in found["table"]:
+        if row["by"] != by:
+            by = row["by"]
+            print(f"\n{'by ' + by.replace('_', ' '):<{width}} {evaluation['unit']:>8} "
+                  + " ".join(f"{name:>10}" for name in found["columns"]))
+        name = f"{row['value']}  {row['model']}"
+        print(f"{name:<{width}} {row['count']:>8} " + " ".join(f"{_shown(value):>10}" for value in row["values"]))
 
 
 def spread(count: int, wanted: int) -> list[int]:
     """Indices of `wanted` items out of `count`, evenly from the first to the last."""
     return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(min(wanted, count))]
+
+
+def reported(count: int, options) -> list[int]:
+    """Indices of the items, out of `count`, that a result shows: at least those of the report."""
+    return spread(count, max(REPORTED, options.samples))
 
 
 def print_table(evaluation: dict) -> None:
@@ -43,8 +86,9 @@ def _shown(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def print_samples(evaluation: dict) -> None:
-    """Some answers beside the right ones."""
-    for sample in evaluation["samples"]:
+def print_samples(evaluation: dict, wanted: int) -> None:
+    """`wanted` answers beside the right ones."""
+    for i in spread(len(evaluation["samples"]), wanted):
+        sample = evaluation["samples"][i]
         width = max(len(who) for who, _ in sample)
         print("\n" + "\n".join(f"  {who:>{width}} | {text}" for who, text in sample))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
 
-from recipes.common import chat, losses
+from recipes.common import chat, faults, losses
 from recipes.common.errors import UserError
 
 
@@ -37,16 +37,16 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
 
     The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
     whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading; an
-    ensemble writes greedily only.
+    ensemble writes greedily only. No progress bar without a `description`.
     """
     if isinstance(model, losses.Ensemble):
         return _together(model, tokenizer, prompts, max_new_tokens, batch_size, description)
     if num_beams > 1:
         return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
     texts, cut = [""] * len(prompts), 0
-    with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
+    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description) as bar:
         for group in _batches(_chains(prompts), batch_size):
-            for i, tokens in _generate(model, tokenizer, prompts, group, max_new_tokens).items():
+            for i, tokens in _halving(lambda part: _generate(model, tokenizer, prompts, part, max_new_tokens), group).items():
                 texts[i], unended = _text(tokens, model, tokenizer)
                 cut += unended
             bar.update(sum(map(len, group)))
@@ -60,7 +60,7 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
     and with beams."""
     model, *others = losses.members(model)
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
+    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
@@ -79,7 +79,7 @@ def _together(ensemble, tokenizer, prompts, max_new_tokens: int, batch_size: int
     """`replies` of several models at once: each token is the likeliest by the mean of their next-token probabilities."""
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     ends = torch.tensor(ensemble.members[0].generation_config.eos_token_id, device=ensemble.device)
-    with tqdm(total=len(prompts), desc=description, unit="replies") as bar:
+    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = (tensor.to(ensemble.device) for tensor in left_pad([prompts[i] for i in part], tokenizer.pad_token_id))
@@ -136,6 +136,21 @@ class _Join(LogitsProcessor):
                           use_cache=True).logits[:, -1] for network, read, past in self.others]
         mean = torch.stack([each.float().log_softmax(-1) for each in (scores, *logits)]).logsumexp(0)
         return mean.masked_fill(scores == -math.inf, -math.inf)
+
+
+def _halving(run, group: list) -> dict:
+    """What `run(group)` gives, by prompt; where memory runs out, of one half of the group and then of the other. Raises `UserError` if
+    there is nothing to halve."""
+    try:
+        return run(group)
+    except RuntimeError as error:
+        if not faults.out_of_memory(error):
+            raise
+    if len(group) == 1:
+        raise UserError("out of memory while writing the replies of a single dialogue: lower --max_new_tokens, or use a smaller model")
+    half = len(group) // 2
+    print(f"note: out of memory while writing the replies of {len(group)} dialogues at once: they are written in two halves")
+    return _halving(run, group[:half]) | _halving(run, group[half:])
 
 
 def _text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:

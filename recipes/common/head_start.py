@@ -30,13 +30,12 @@ def start_from_prototypes(model, task) -> None:
     model.to(device)
     states, labels = [], torch.tensor([task.train[i]["labels"] for i in chosen])
     handle = head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-    with torch.autocast(device.type, torch.bfloat16, enabled=models.native_bf16()):
-        for start in range(0, len(chosen), 32):
-            batch = task.collate([task.train[i] for i in chosen[start: start + 32]])
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", "weights")}
-            model(**inputs)
-            if states[-1].dim() == 3:  # a decoder's head is applied to every token, and the last one's logits count
-                states[-1] = states[-1][torch.arange(len(states[-1])), inputs["attention_mask"].sum(1) - 1]
+    for start in range(0, len(chosen), 32):
+        batch = task.collate([task.train[i] for i in chosen[start: start + 32]])
+        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in ("labels", "weights")}
+        model(**inputs)
+        if states[-1].dim() == 3:  # a decoder's head is applied to every token, and the last one's logits count
+            states[-1] = states[-1][torch.arange(len(states[-1])), inputs["attention_mask"].sum(1) - 1]
     handle.remove()
     model.to(home)
     states = torch.cat(states).float().cpu()

@@ -6,6 +6,7 @@ for all tasks, and whatever a task supervises is said here and nowhere else.
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class Part:
     targets: torch.Tensor  # (n,) the right class, IGNORE for none; or (n, classes) of 0.0 and 1.0, each class a yes or no of its own
     where: torch.Tensor  # where the items stand: true n times in (batch, positions), row by row
     weights: torch.Tensor | None = None  # (n,) what an item counts; None: 1
+    aside: bool = False  # trained on beside the task's items, which alone make up the dev loss
 
     def nll(self, label_smoothing: float = 0.0) -> torch.Tensor:
         """(n,) negative log-likelihood in nats, fp32, weighted; of yes-or-no classes, the sum over them.
@@ -48,8 +50,7 @@ def next_token(model, inputs) -> list[Part]:
     labels = inputs["labels"][:, 1:]
     keep = labels != IGNORE
     # The last position predicts nothing. The pad at the end makes the mask as long as what the head sees.
-    with only_positions(network(model).get_output_embeddings(), F.pad(keep, (0, 1))):
-        logits = model(**_without_labels(inputs), use_cache=False).logits
+    logits = _logits_at(F.pad(keep, (0, 1)), model, **_to_read(inputs), use_cache=False)
     return [Part(logits, labels[keep], keep)]
 
 
@@ -61,22 +62,38 @@ def same_token(model, inputs) -> list[Part]:
     extra = {}
     if network(model).config.is_encoder_decoder:
         extra = {"decoder_input_ids": network(model).prepare_decoder_input_ids_from_labels(labels=labels), "use_cache": False}
+    return [Part(_logits_at(keep, model, **_to_read(inputs), **extra), labels[keep], keep)]
+
+
+def masked_and_next_sentence(model, inputs) -> list[Part]:
+    """BERT's two tasks at once: the masked tokens, `labels` (batch, length), and whether the second text of a row follows the first,
+    `next_sentence` (batch,), 0 if it does, 1 if not, IGNORE for a row of one text.
+
+    BERT's loss is the sum of both means (Devlin et al., 2018, section 3.1). Here the loss is a sum over items divided by the number of
+    masked tokens, so a row's answer counts as many items as a row has masked tokens on average; over several micro-batches, the second
+    mean is weighted by their masked tokens.
+    """
+    labels, follows = inputs["labels"], inputs["next_sentence"]
+    keep = labels != IGNORE
     with only_positions(network(model).get_output_embeddings(), keep):
-        logits = model(**_without_labels(inputs), **extra).logits
-    return [Part(logits, labels[keep], keep)]
+        out = model(**_to_read(inputs))
+    pairs = (follows != IGNORE).sum().clamp(min=1)
+    weights = (keep.sum() / pairs).expand(len(follows))
+    rows = torch.ones(len(follows), 1, dtype=torch.bool, device=follows.device)
+    return [Part(out.prediction_logits, labels[keep], keep), Part(out.seq_relationship_logits, follows, rows, weights, aside=True)]
 
 
 def words(model, inputs) -> list[Part]:
     """Token classification: a label at one token of each word. `labels` (batch, length)."""
     keep = inputs["labels"] != IGNORE
-    return [Part(model(**_without_labels(inputs)).logits[keep], inputs["labels"][keep], keep)]
+    return [Part(model(**_to_read(inputs)).logits[keep], inputs["labels"][keep], keep)]
 
 
 def rows(model, inputs) -> list[Part]:
     """Sequence classification. `labels` (batch,), IGNORE for a row without a class, or (batch, classes) of 0.0 and 1.0; `weights` (batch,)
     if the rows weigh differently."""
     labels = inputs["labels"]
-    logits = model(**_without_labels({name: tensor for name, tensor in inputs.items() if name != "weights"})).logits
+    logits = model(**_to_read(inputs)).logits
     return [Part(logits, labels, torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device), inputs.get("weights"))]
 
 
@@ -101,7 +118,7 @@ def average(passes: list[list[Part]]) -> list[Part]:
             logits = torch.stack([part.logits.float().sigmoid() for part in parts]).mean(0).logit(eps=1e-7)
         else:
             logits = torch.stack([part.log_probabilities() for part in parts]).logsumexp(0) - math.log(len(parts))
-        joined.append(Part(logits, first.targets, first.where, first.weights))
+        joined.append(Part(logits, first.targets, first.where, first.weights, first.aside))
     return joined
 
 
@@ -109,6 +126,24 @@ def network(model):
     """The transformers model inside `model`, without the wrappers of PEFT and of a group of processes."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _logits_at(keep: torch.Tensor, model, **inputs) -> torch.Tensor:
+    """(keep.sum(), vocabulary): the logits at the positions `keep`, (batch, length), and no others computed if the model allows it."""
+    head = network(model).get_output_embeddings()
+    with only_positions(head, keep) if head is not None else contextlib.nullcontext():
+        logits = model(**inputs).logits
+    if logits.dim() == 2:
+        return logits
+    # There is no such module, or the model multiplies by its weights without calling it.
+    _say_once(f"note: the head of {type(network(model)).__name__} can't be told which positions are trained on, so it computes the logits "
+              "of all: this takes more time and memory")
+    return logits[keep]
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(sentence)
 
 
 @contextlib.contextmanager
@@ -131,20 +166,24 @@ def only_positions(head, keep: torch.Tensor):
         handle.remove()
 
 
-def row_sums(parts: list[Part]) -> torch.Tensor:
+def row_sums(parts: list[Part], text_bytes: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, 2): each row's sum of negative log-likelihoods in nats, and its number of items (of yes-or-no classes, each is one).
 
-    All parts stand in the same rows.
+    All parts stand in the same rows; those that are `aside` don't count. Where the task says how many bytes of text a row's items stand
+    for, `text_bytes` (batch,) are the third column.
     """
     sums = 0
     for part in parts:
+        if part.aside:
+            continue
         per_item = torch.zeros(*part.where.shape, 2, dtype=torch.float64, device=part.where.device)
         yes_or_no = part.targets.dim() == 2
         items = torch.full_like(part.targets[:, 0], part.targets.shape[1]) if yes_or_no else part.targets != IGNORE
         per_item[part.where] = torch.stack([part.nll().double(), items.double()], dim=-1)
         sums = sums + per_item.sum(1)
-    return sums
+    return sums if text_bytes is None else torch.cat([sums, text_bytes.double()[:, None]], 1)
 
 
-def _without_labels(inputs) -> dict:
-    return {name: tensor for name, tensor in inputs.items() if name != "labels"}
+def _to_read(inputs) -> dict:
+    """What a model reads of a batch: all but the answers and what is counted."""
+    return {name: tensor for name, tensor in inputs.items() if name not in ("labels", "weights", "next_sentence", "bytes")}

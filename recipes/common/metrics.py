@@ -116,7 +116,7 @@ class Bleu(_OfflineMetric):
         self._scorer = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, **options)
 
     def _compute(self, predictions, references):
-        result = self._scorer.corpus_score(predictions, _streams(references))
+        result = self._scorer.corpus_score(predictions, streams(references))
         return {
             "bleu": result.score,
             "precisions": result.precisions,
@@ -141,7 +141,7 @@ class ChrF(_OfflineMetric):
         self._scorer = sacrebleu.CHRF(**options)
 
     def _compute(self, predictions, references):
-        score = self._scorer.corpus_score(predictions, _streams(references)).score
+        score = self._scorer.corpus_score(predictions, streams(references)).score
         return {"chrf": score, "chrf_signature": str(self._scorer.get_signature())}
 
 
@@ -264,6 +264,23 @@ def classification_report(predictions, references) -> dict:
     return {**rows, "accuracy": hits.total() / len(references), **averages}
 
 
+def confusion_matrix(predictions, references, most: int = 12) -> dict:
+    """{"labels": [...], "matrix": [[...]]}: how often the label of a row was taken for that of a column, as counts.
+
+    Of more than `most` labels, those that are mistaken most often, either way.
+    """
+    _check_lengths(predictions, references)
+    pairs = Counter(zip(references, predictions, strict=True))
+    mistakes = Counter()
+    for (right, predicted), count in pairs.items():
+        if right != predicted:
+            mistakes.update({right: count, predicted: count})
+    labels = sorted({*predictions, *references})
+    if len(labels) > most:
+        labels = sorted(sorted(labels, key=lambda label: -mistakes[label])[:most])
+    return {"labels": labels, "matrix": [[pairs[right, predicted] for predicted in labels] for right in labels]}
+
+
 def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """The spans that IOB2 tags mark, as (type, first word, word after the last), in order.
 
@@ -366,9 +383,41 @@ def score_replies(predictions, references, languages=None) -> dict:
     return {**result, "signature": "; ".join(signature)}
 
 
-def _streams(references):
+def part_scorer(predictions, references, languages):
+    """A function from positions to {"bleu", "rougeL", "chrf"} of these replies alone, as `score_replies` gives them in "all".
+
+    For many small parts of one test set: each reply is cut and compared once. Takes what `score_replies` takes.
+    """
+    references = _reference_lists(predictions, references)
+    cut = [_BLEU_TOKENIZERS[language] for language in languages]
+    tokens = [tokenize(text.rstrip()) for tokenize, text in zip(cut, predictions, strict=True)]
+    reference_tokens = [[tokenize(ref.rstrip()) for ref in refs] for tokenize, refs in zip(cut, references, strict=True)]
+    rouge = RougeScorer(["rougeL"], tokenizer=CjkTokenizer())
+    rouge_l = [100 * float(rouge.score_multi(refs, text)["rougeL"].fmeasure) for text, refs in zip(predictions, references, strict=True)]
+    bleu, chrf = sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()
+
+    def score(at: list[int]) -> dict[str, float]:
+        return {"bleu": bleu.corpus_score([tokens[i] for i in at], streams([reference_tokens[i] for i in at])).score,
+                "rougeL": sum(rouge_l[i] for i in at) / len(at),
+                "chrf": chrf.corpus_score([predictions[i] for i in at], streams([references[i] for i in at])).score}
+
+    return score
+
+
+def length_class(text: str) -> str:
+    """How long a text is, in words, or characters of Chinese: "1-10", "11-20", "21-40" or "41+"."""
+    length = len(CjkTokenizer().tokenize(text))
+    return next((name for name, most in (("1-10", 10), ("11-20", 20), ("21-40", 40)) if length <= most), "41+")
+
+
+def streams(references):
     """Turn n lists of references into sacrebleu's streams: the first reference of all items, the second, ..."""
     return list(zip_longest(*references))  # items with fewer references are padded with None, which sacrebleu skips
+
+
+def tokenizer_of(language: str):
+    """The function that cuts a text of this language, "en" or "zh", for BLEU."""
+    return _BLEU_TOKENIZERS[language]
 
 
 def _reference_lists(predictions, references) -> list[list[str]]:

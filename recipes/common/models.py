@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from peft import PeftModelForFeatureExtraction
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -44,8 +46,12 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 # Only what loading needs: no pickles, no copies in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
+START = "start"  # in a run folder: the model that a run from scratch started from
 
 
+PICKLED = ("pickled weights (.bin, .pt) are not loaded, as opening a pickle can run any code in it; if you trust where they come from, "
+           "convert them: python -c \"from transformers import AutoModelForCausalLM as M; "
+           "M.from_pretrained('OLD').save_pretrained('NEW')\" (or the class that fits the model)")
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
 
 
@@ -85,24 +91,25 @@ class HubUnreachable(UserError):
     """The model is not in the cache and the Hub does not answer."""
 
 
-def resolve(name: str, fallback: str | None = None) -> Source:
+def resolve(name: str, fallback: str | None = None, weights: bool = True) -> Source:
     """Find the files of model `name`, downloading or converting them if need be. Raises `UserError`.
 
     A folder wins over a bundled name, a bundled name over a Hub id. `fallback` is used, with a banner, only when the Hub is out of reach.
+    Without `weights`, config and tokenizer will do.
     """
     if Path(name).is_dir():
-        return Source(name, name, str(_checked_folder(Path(name))))
+        return Source(name, name, str(_checked_folder(Path(name), weights)))
     if name in BUNDLED:
         return Source(name, name, str(_bundled(name)))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such folder")
     try:
-        folder, revision = _download(name)
+        folder, revision = _download(name, weights)
         return Source(name, name, folder, revision)
     except HubUnreachable:
         if fallback is None:
             raise
-        substitute = resolve(fallback)
+        substitute = resolve(fallback, weights=weights)
         _banner(f"The Hugging Face Hub can't be reached, so {name} can't be loaded.",
                 f"This run uses {fallback} instead (--fallback_model {fallback}).")
         return Source(name, substitute.used, substitute.folder, substitute.revision)
@@ -111,7 +118,7 @@ def resolve(name: str, fallback: str | None = None) -> Source:
 def load_tokenizer(source: Source):
     """The model's tokenizer, as it ships. Raises `UserError` if there is none that loads."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{source.used} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
 
@@ -126,7 +133,7 @@ def tokenizer_files(tokenizer) -> str:
 def config(source: Source):
     """The model's config. Raises `UserError` if it can't be read."""
     try:
-        return AutoConfig.from_pretrained(source.folder)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)  # code that a model brings along is never run
     except (ValueError, OSError) as error:
         raise UserError(f"{source.used} is no model that transformers knows: {' '.join(str(error).split())[:300]}") from error
 
@@ -165,7 +172,8 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
     try:
-        model, found = auto_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **config)
+        model, found = auto_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                   output_loading_info=True, **config)
     except (ValueError, OSError, SafetensorError) as error:
         kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"{source.used} can't be loaded as a model for {kind}: {' '.join(str(error).split())[:300]}") from error
@@ -181,7 +189,11 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
     for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
-    model.drawn_at_random = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+    # A head that is the table of tokens turned round (BERT's, for masked words) was not drawn, though parts beside it were.
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is table.weight
+    model.drawn_at_random = sorted(name for name in {name.rpartition(".")[0] for name in found["missing_keys"]}
+                                   if not (tied and any(module is head for module in model.get_submodule(name).modules())))
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
@@ -255,20 +267,22 @@ def new_heads(peft_type: str | None) -> list[str] | None:
 
 
 def train_top_layers(model, count: int) -> None:
-    """Freeze all but the top `count` blocks, what follows them (the final norm) and the output head.
+    """Freeze all but the top `count` blocks and what follows them: the final norm or the pooler, and the head.
 
     Where the head shares its weights with the token embedding, as in most small models, the embedding is trained with it.
     Raises `UserError` if the model has fewer blocks.
     """
-    parent, name = max(((parent, name) for parent in model.modules() for name, child in parent.named_children()
-                        if isinstance(child, torch.nn.ModuleList)), key=lambda found: len(getattr(*found)))
-    blocks = getattr(parent, name)
+    path, blocks = max(((path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)),
+                       key=lambda found: len(found[1]))
     if count > len(blocks):
         raise UserError(f"--train_top_layers {count}: the model has {len(blocks)} blocks")
-    children = [child for _, child in parent.named_children()]
-    after = children[children.index(blocks) + 1:]
+    after, parent = [], model
+    for name in path.split("."):  # down to the blocks: a model names its parts in the order in which it runs them
+        names = [child for child, _ in parent.named_children()]
+        after += [getattr(parent, later) for later in names[names.index(name) + 1:]]
+        parent = getattr(parent, name)
     model.requires_grad_(False)
-    for module in (*blocks[-count:], *after, model.get_output_embeddings()):
+    for module in (*blocks[-count:], *after):
         module.requires_grad_(True)
 
 
@@ -289,17 +303,29 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
             from peft import PeftModel, PeftType
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
+            if not (run / "adapter_model.safetensors").is_file():
+                raise ValueError(f"adapter_model.safetensors is missing; {PICKLED}")
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
             if record.get("method_arguments", {}).get("load_in_4bit"):
                 print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
             with warnings.catch_warnings():
                 # PEFT looks for AdaLoRA's ranks under LoRA's names, warns that it found none, and then takes them from AdaLoRA's own.
                 warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match .*: \['[^']*\.lora_E'", RuntimeWarning)
-                model = PeftModel.from_pretrained(base, run)
+                model = keep_segments(PeftModel.from_pretrained(base, run))
             if merge and model.peft_type in (PeftType.LORA, PeftType.ADALORA):
                 model = model.merge_and_unload()
             model = model.to(dtype)
         return _ready(model, run)
+
+
+def keep_segments(model):
+    """`model`, from PEFT, whose network reads which of a row's two texts a token belongs to (token_type_ids) behind a prefix as well.
+
+    PEFT drops them there for FEATURE_EXTRACTION, as the networks of masked words count, though it keeps them for classifiers.
+    """
+    if type(model) is PeftModelForFeatureExtraction:
+        model._adjust_prompt_learning_kwargs = partial(model._adjust_prompt_learning_kwargs, remove_token_type_ids=False)
+    return model
 
 
 def source_of_run(run: Path, record: dict) -> Source:
@@ -363,6 +389,8 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not {"recipe", "model", "data", "shared_arguments", "training_arguments"} <= record.keys():
             raise ValueError("its entries are not those of a run")
+        if (run / START).is_dir():  # also where the folder was moved
+            record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute()))
         return record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{flag} {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
@@ -370,21 +398,22 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         raise UserError(f"{flag} {run}: its run.json is damaged ({error}); train again under a new name") from None
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path, weights: bool) -> Path:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {folder} holds an adapter, not a whole model: name the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: the folder has no config.json, so it is no Hugging Face model")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"--model {folder}: the folder has no .safetensors weights; pickled weights are not loaded, convert them first")
+    if weights and not any(folder.glob("*.safetensors")):
+        raise UserError(f"--model {folder}: the folder has no .safetensors weights; {PICKLED}")
     return folder
 
 
-def _download(name: str) -> tuple[str, str]:
+def _download(name: str, weights: bool) -> tuple[str, str]:
     """(folder of the snapshot, commit). Asks the Hub first, so that a wrong name and a missing network are told apart."""
+    wanted = HUB_FILES if weights else [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
     try:
         revision = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
-        return snapshot_download(name, revision=revision, allow_patterns=HUB_FILES), revision
+        return snapshot_download(name, revision=revision, allow_patterns=wanted), revision
     except GatedRepoError:
         raise UserError(f"--model {name}: accept its licence on the Hub and log in first (hf auth login)") from None
     except RepositoryNotFoundError:
@@ -393,7 +422,7 @@ def _download(name: str) -> tuple[str, str]:
         raise UserError(f"--model {name}: neither a folder nor a name that the Hub allows") from None
     except (HfHubHTTPError, OSError, RuntimeError, *_network_errors()) as error:
         try:
-            folder = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True)
+            folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
         except (LocalEntryNotFoundError, OSError):
             raise HubUnreachable(
                 f"--model {name} is not in the cache and the Hugging Face Hub can't be reached ({type(error).__name__}): use a bundled "

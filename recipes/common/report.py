@@ -1,21 +1,149 @@
-"""report.html: one file with a run's configuration, curves, scores and sample replies. Needs no network to read.
+"""report.html: one file with a run's or a comparison's data, configuration, curves, scores and answers. Needs no network to read.
 
-Made from run.json alone, so it can be made again at any time. All text from data or models is escaped by the template.
+Made from run.json or compare.json alone, so it can be made again at any time. All text from data or models is escaped by the templates.
 """
 
-import io
+import difflib
 import math
 import re
 
 import jinja2
 
-TEMPLATE = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), autoescape=True, undefined=jinja2.StrictUndefined)
+from recipes.common import plots
+from recipes.common.wording import name_in, wording
+
+TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+                               trim_blocks=True, lstrip_blocks=True)
+REFERENCES = ("reference", "label", "right")  # who speaks the right answer in a sample
+SPEED = ("_runtime", "_per_second")
+_CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_TOKEN = re.compile(f"[{_CJK}]|(?:(?![{_CJK}])\\w)+|\\s+|.", re.S)  # a Chinese character, a word, blanks, any other sign
 
 
-def render(record: dict) -> str:
-    """The report on the run that `record` (run.json) describes, as HTML."""
-    return TEMPLATE.get_template("report.html.jinja").render(run=record, curve=curve(record["history"]),
-                                                                 ranks=ranks(record.get("method_report", {}).get("rank_pattern", {})))
+def render(record: dict, language: str = "en") -> str:
+    """The report on the run that `record` (run.json) describes, as HTML, in "en" or "zh"."""
+    t = wording(language)
+    evaluations = {split: result | {"pictures": _score_pictures(result), "matrix": _matrix(result, t),
+                                    "answers": [_answers(sample) for sample in result["samples"]]}
+                   for split, result in record.get("evaluation", {}).items()}
+    return _page("report.html.jinja", language, run=record, curves=curves(record["history"], t), evaluations=evaluations,
+                 ranks=ranks(record.get("method_report", {}).get("rank_pattern", {})),
+                 title=t("{recipe} on {model}", recipe=record["recipe"], model=plots.short(record["model"]["used"])))
+
+
+def render_comparison(record: dict, language: str = "en") -> str:
+    """The report on the comparison that `record` (compare.json, see scripts/compare.py) describes, as HTML, in "en" or "zh"."""
+    t = wording(language)
+    scored = [system for system in record["systems"] if system["scores"]]
+    pictures = {metric: plots.intervals([(s["name"], *(s["scores"][metric][key] for key in ("mean", "low", "high"))) for s in scored
+                                         if metric in s["scores"]], kind["title"]) for metric, kind in record["metrics"].items()}
+    return _page("comparison.html.jinja", language, run=record, scored=scored, pictures=pictures, costs=_cost_pictures(record, scored, t),
+                 curves=[curve | {"picture": _learning_curve(curve, record, t)} for curve in record["learning_curves"]],
+                 answers=[_answers([*map(tuple, sample["context"][-1:]), ("reference", _text(sample["reference"])),
+                                    *((name, _text(answer)) for name, answer in sample["answers"].items())])
+                          for sample in record["samples"]],
+                 title=t("Comparison of {systems} on {model}", systems=", ".join(s["name"] for s in record["systems"] if not s["base"]),
+                         model=plots.short(record["model"]["used"] or record["model"]["requested"])))
+
+
+def _page(template: str, language: str, **values) -> str:
+    return TEMPLATES.get_template(template).render(t=wording(language), name=name_in(language), language=language, number=number,
+                                                   short=plots.short, language_of=language_of, **values)
+
+
+def number(value, digits: int = 2) -> str:
+    """A number of a record as text; "-" for none, "nan" and "inf" as they are."""
+    if value is None or isinstance(value, float) and math.isnan(value) or value == "nan":
+        return "-"
+    return f"{float(value):,.{digits}f}"
+
+
+def language_of(text: str) -> str:
+    """What the browser is told of a text, for its choice of font: "zh" if there is a Chinese character in it."""
+    return "zh" if re.search(f"[{_CJK}]", text) else "en"
+
+
+# Answers
+
+
+def differences(reference: str, answer: str) -> list[tuple[str, bool]]:
+    """`answer` in pieces, each with whether it also stands in `reference`, in this order: by word, in Chinese by character."""
+    ours, theirs = _TOKEN.findall(answer), _TOKEN.findall(reference)
+    same = [False] * len(ours)
+    for block in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_matching_blocks():
+        same[block.b: block.b + block.size] = [True] * block.size
+    pieces = []
+    for token, own in zip(ours, same, strict=True):
+        own = pieces[-1][1] if token.isspace() and pieces else own  # blanks go with the word before them
+        if pieces and pieces[-1][1] == own:
+            pieces[-1] = (pieces[-1][0] + token, own)
+        else:
+            pieces.append((token, own))
+    return pieces
+
+
+def _answers(sample: list[tuple[str, str]]) -> dict:
+    """A sample (who, text) as what was asked, the reference, and each model's answer in pieces."""
+    at = next(i for i, (who, _) in enumerate(sample) if who in REFERENCES)
+    who, reference = sample[at]
+    return {"asked": sample[:at], "who": who, "reference": reference,
+            "answers": [(model, differences(reference, text)) for model, text in sample[at + 1:]]}
+
+
+def _text(value) -> str:
+    return value if isinstance(value, str) else " ".join(map(str, value))
+
+
+# Pictures
+
+
+def curves(history: list[dict], t) -> list[tuple[str, str]]:
+    """(title, SVG) of the losses, the learning rate, the gradient norm and the other dev scores over the steps; only those logged."""
+    def points(key):
+        return [(entry["step"], entry[key]) for entry in history if key in entry]
+
+    found = [(t("loss (nats per item)"), {t("train"): points("loss"), t("dev"): points("eval_loss")}),
+             (t("learning rate"), {"": points("learning_rate")}), (t("gradient norm"), {"": points("grad_norm")})]
+    others = {key: None for entry in history for key in entry
+              if key.startswith("eval_") and not key.endswith(SPEED) and key not in ("eval_loss", "eval_perplexity")}
+    found += [(f"{t('dev')}: {key.removeprefix('eval_')}", {"": points(key)}) for key in others]
+    pictures = [(title, plots.lines(series, title, t("step"))) for title, series in found]
+    return [(title, picture) for title, picture in pictures if picture]
+
+
+def _score_pictures(result: dict) -> list[tuple[str, str]]:
+    """(heading, SVG) of each score that has an interval, a line for each model."""
+    found = result.get("intervals", {})
+    headings = dict.fromkeys(heading for scores in found.values() for heading in scores)
+    pictures = [(heading, plots.intervals([(model, *(scores[heading][key] for key in ("value", "low", "high")))
+                                           for model, scores in found.items() if heading in scores], heading)) for heading in headings]
+    return [(heading, picture) for heading, picture in pictures if picture]
+
+
+def _matrix(result: dict, t) -> str:
+    if "confusion_matrix" not in result:
+        return ""
+    labels, title = result["confusion_matrix"]["labels"], t("Which labels are mistaken for which")
+    return plots.matrix(result["confusion_matrix"]["matrix"], labels, title, t("predicted label"), t("right label"))
+
+
+def _cost_pictures(record: dict, scored: list[dict], t) -> list[str]:
+    """The main score over each cost, a point for each system that has both."""
+    main = record["main_metric"]
+    if main not in record["metrics"]:  # no run ended well
+        return []
+    pictures = []
+    for key, title in (("trainable_parameters", t("trained parameters")), ("seconds", t("seconds of training")),
+                       ("peak_memory_mb", t("peak memory (MB)")), ("disk_mb", t("MB on disk")), ("latency", t("seconds for an answer"))):
+        points = [(s["name"], s["costs"].get(key), *(s["scores"][main][part] for part in ("mean", "low", "high"))) for s in scored
+                  if main in s["scores"]]
+        pictures.append(plots.scatter(points, f"{record['metrics'][main]['title']}, {title}", title, record["metrics"][main]["title"]))
+    return [picture for picture in pictures if picture]
+
+
+def _learning_curve(curve: dict, record: dict, t) -> str:
+    title = record["metrics"][curve["metric"]]["title"]
+    return plots.learning_curve(curve["points"], curve["extrapolation"], f"{curve['system']}: {title}", t("train rows"), title)
 
 
 def rank_grid(pattern: dict[str, int]) -> tuple[list[str], list[int], list[list[float]], dict[str, int]]:
@@ -34,38 +162,12 @@ def rank_grid(pattern: dict[str, int]) -> tuple[list[str], list[int], list[list[
 
 def ranks(pattern: dict[str, int]) -> str:
     """The rank of each matrix that AdaLoRA ended with, block by block, as SVG text; empty if there are none."""
-    from matplotlib.figure import Figure
-
     names, blocks, grid, others = rank_grid(pattern)
     if not grid:
         return ""
-    figure = Figure(figsize=(7, 0.9 + 0.3 * len(names)), layout="constrained")
+    figure = plots.Figure(figsize=(7, 0.9 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(axes.imshow(grid, aspect="auto", cmap="viridis"), label="rank")
     axes.set(xlabel="block", yticks=range(len(names)), yticklabels=names, xticks=range(len(blocks)), xticklabels=blocks)
     axes.set_title(", ".join(f"{name}: {rank}" for name, rank in others.items()), fontsize="small")
-    return _svg(figure)
-
-
-def curve(history: list[dict]) -> str:
-    """Train and dev loss over steps, as SVG text; empty if nothing was logged."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for key, label in (("loss", "train"), ("eval_loss", "dev")):
-        points = [(entry["step"], float(entry[key])) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    if not axes.lines:
-        return ""
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
-
-
-def _svg(figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    return out.getvalue()[out.getvalue().index("<svg"):]
+    return plots.svg(figure, "ranks")

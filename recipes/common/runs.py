@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -16,10 +17,15 @@ from pathlib import Path
 import torch
 from transformers import enable_full_determinism, set_seed
 
-from recipes.common import report
+from recipes.common import checkpoints, model_card, report
 from recipes.common.errors import UserError
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
+# Names of environment variables that hold secrets; and tokens as the Hub, GitHub, OpenAI, AWS and others shape them, what follows a flag
+# --..._token, and a password in an address.
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.I)
+SECRET = re.compile(r"(--\w*_token[= ]|://[^/\s:@]+:(?=[^/\s@]+@))[^\s@]+"
+                    r"|\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})")
 SPEED = ("_runtime", "_per_second")  # what the Trainer adds to the scores of an evaluation
 
 
@@ -34,21 +40,23 @@ def start(shared, method, training) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
     asked = training.resume_from_checkpoint
-    if asked and asked.lower() != "true" and not complete(Path(asked)):
-        why = "it is incomplete, as its writing was interrupted" if Path(asked).is_dir() else "no such folder"
-        raise UserError(f"--resume_from_checkpoint {asked}: {why}")
-    if not training.resume_from_checkpoint and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*"))):
+    if asked and asked.lower() != "true" and (wrong := checkpoints.fault(Path(asked))):
+        raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; --resume_from_checkpoint alone takes the newest whole one")
+    if not asked and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*")) or (folder / checkpoints.STAGE).exists()):
         raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
                         "or continue it with --resume_from_checkpoint")
-    # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint.
-    if not asked and folder.is_dir() and any(path.name != "runs" for path in folder.iterdir()):
+    # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint; from scratch, "start" as well.
+    left = {"runs", "start"} if shared.from_scratch else {"runs"}
+    if not asked and folder.is_dir() and any(path.name not in left for path in folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds files that are no run's, which could be overwritten: name a new folder")
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
     _use_all_cores(training)
     if training.process_index == 0:
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-        rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {rows} rows a step, run folder {folder}")
+        step = f"{training.train_batch_size * training.gradient_accumulation_steps * training.world_size} rows"
+        if shared.tokens_per_step:
+            step = f"{shared.tokens_per_step} tokens"
+        print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {step} a step, run folder {folder}")
 
 
 def _use_all_cores(training) -> None:
@@ -60,10 +68,15 @@ def _use_all_cores(training) -> None:
         print(f"note: accelerate launch allows a lone process one thread; on this CPU it uses {cores}")
 
 
-def steps(rows: int, training) -> int:
-    """The optimizer steps that the Trainer will take on `rows` train rows; known before there is a Trainer."""
+def steps(rows: int, training, an_epoch: int | None = None) -> int:
+    """The optimizer steps that the Trainer will take on `rows` train rows; known before there is a Trainer.
+
+    `an_epoch` is how many there are in an epoch, where --tokens_per_step decides it.
+    """
     if training.max_steps > 0:
         return training.max_steps
+    if an_epoch:
+        return math.ceil(training.num_train_epochs * an_epoch)
     divide = math.floor if training.dataloader_drop_last else math.ceil
     batches = divide(divide(rows / training.train_batch_size) / training.world_size)
     each = max(1, math.ceil(batches / training.gradient_accumulation_steps))
@@ -75,31 +88,23 @@ def checkpoint(training) -> str | None:
     asked = training.resume_from_checkpoint
     if not asked:
         return None
-    if asked.lower() != "true":
-        return asked
-    found = sorted(Path(training.output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    newest = next((path for path in found if complete(path)), None)
+    folder, named = Path(training.output_dir), asked.lower() != "true"
+    with training.main_process_first(desc="looking for a checkpoint"):  # it also clears away what others would see half of
+        notes = checkpoints.tidy(folder) if training.process_index == 0 else []
+        newest, passed_over = (Path(asked), []) if named else checkpoints.newest(folder)
     if training.process_index == 0:
-        for path in found[: found.index(newest) if newest else None]:
-            print(f"note: {path} is incomplete, as its writing was interrupted: passed over")
+        for note in notes + passed_over:
+            print(f"note: {note}")
         print(f"resuming from {newest}" if newest else f"{training.output_dir} holds no whole checkpoint: starting at step 0")
     return str(newest) if newest else None
-
-
-def complete(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes trainer_state.json last."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def finish(trainer, task, shared, method) -> None:
     """Score the dev rows with the final model, save it, write run.json and report.html, and say what to do next."""
     metrics = trainer.evaluate()
-    trainer.save_model()
     training = trainer.args
+    with checkpoints.failure_told(Path(training.output_dir) / "model", Path(training.output_dir)):
+        trainer.save_model()
     if not trainer.is_world_process_zero():
         return
     folder = Path(training.output_dir)
@@ -121,12 +126,14 @@ def finish(trainer, task, shared, method) -> None:
         "seconds": round(seconds, 1),
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": round(trainer.state.num_input_tokens_seen / seconds, 1),
+        "padding_share": round(trainer.padding_share, 4),
         "peak_memory_mb": peak_memory_mb(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "metrics": {f"dev_{key[5:]}": value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(SPEED)},
         **({"method_report": task.method_report} if task.method_report else {}),
         **({"lineage": task.lineage} if task.lineage else {}),
         **({"forgetting": trainer.forgetting} if trainer.forgetting else {}),
+        **({"events": trainer.watch.events} if trainer.watch.events else {}),
         "method_arguments": asdict(method),
         "shared_arguments": asdict(shared),
         "training_arguments": training.to_dict(),
@@ -134,11 +141,17 @@ def finish(trainer, task, shared, method) -> None:
         "hardware": hardware(),
         "history": history,
     }
-    write(folder, record)
+    if task.name == "pretrain":
+        record["flops"] = flops(record["tokens"], record["trainable_parameters"], record["total_parameters"])
+    with checkpoints.failure_told(folder / "run.json", folder):
+        write(folder, record)
     trained, total = record["trainable_parameters"], record["total_parameters"]
-    print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, peak memory "
-          f"{record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
+    print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, "
+          f"{100 * record['padding_share']:.1f} % padding, peak memory {record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} "
+          f"parameters trained ({100 * trained / total:.2f} %)")
     print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))
+    if "flops" in record:
+        print(f"about {record['flops']:.2e} floating point operations for {record['tokens']:,} tokens")
     if trainer.forgetting:
         before, after = trainer.forgetting["before"], trainer.forgetting["after"]
         print("old rows, before -> after: "
@@ -150,17 +163,36 @@ def finish(trainer, task, shared, method) -> None:
           + (f"\n  {python()} scripts/chat.py --run {folder}" if task.name == "chat" else ""))
 
 
+def flops(tokens: int, trained: int, total: int) -> int:
+    """Floating point operations of a training, about: 2 a parameter and token forward, 2 backward through every parameter, 2 more for the
+    gradient of each one that is trained (Kaplan et al., 2020, arXiv:2001.08361, section 2.1: 6 N a token where all are).
+
+    Not in it: attention scores, evaluations, and the further passes of --adversarial and --r_drop. The table of tokens counts as if
+    it were multiplied, which it is where the output head shares it, on every token that is predicted.
+    """
+    return tokens * (4 * total + 2 * trained)
+
+
 def numbers_in(parameter) -> int:
     """How many numbers a parameter stands for; bitsandbytes packs two numbers of 4 bits into one byte."""
     return parameter.quant_state.shape.numel() if type(parameter).__name__ == "Params4bit" else parameter.numel()
 
 
 def write(folder: Path, record: dict) -> None:
-    """Write run.json, whole or not at all, and the report that is made from it. NaN stays visible, as a string."""
-    temporary = folder / "run.json.tmp"
+    """Write run.json, whole or not at all, and the report and the model card that are made from it. NaN stays visible, as a string;
+    secrets don't."""
+    record = without_secrets(record)
+    write_json(folder / "run.json", record)
+    library = "peft" if (folder / "adapter_config.json").is_file() else "transformers"
+    (folder / "MODEL_CARD.md").write_text(model_card.render(visible(record), library), encoding="utf-8")
+    (folder / "report.html").write_text(report.render(record, record.get("report_language", "en")), encoding="utf-8")
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write `record` to `path`, whole or not at all. NaN and infinities become strings."""
+    temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "run.json")
-    (folder / "report.html").write_text(report.render(record), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def command(world_size: int = 1) -> str:
@@ -188,6 +220,20 @@ def hardware() -> dict:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"gpus": names, "cpu_cores": os.cpu_count(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform()}
+
+
+def without_secrets(value):
+    """`value` with every token or key replaced: what looks like one, and what the environment holds under a name that says so."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name, secret in os.environ.items():
+        if SECRET_NAME.search(name) and len(secret) >= 8:
+            value = value.replace(secret, f"<{name}>")
+    return SECRET.sub(lambda found: f"{found[1] or ''}<secret>", value)
 
 
 def visible(value):

@@ -1,28 +1,38 @@
 """The Trainer of all recipes: transformers' own, with an exact and cheap loss for every task, and exact resume for PEFT.
 
-Four things differ, each in one place:
+Five things differ, each in one place:
 
 - `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
   logits are the largest tensor of a step);
+- a batch is a list: the rows of a step in the groups that they are run in (batches.py), with one loss for all of them;
 - `choose_attention` takes the faster attention kernel for the batch at hand;
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
-- `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to.
+- `evaluation_loop` also scores answers written to some dev rows, if asked to (dev_answers.py);
+- `_save` and `_load_*` keep a PEFT method's trained parameters as they are, where PEFT's own files may hold only what they amount to;
+- checkpoints are whole or not there (checkpoints.py), and signals, broken numbers and lack of memory are met (faults.py).
 """
 
+import contextlib
+import math
+import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 
-from recipes.common import losses, regularize
+from recipes.common import batches, checkpoints, dev_answers, faults, losses, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -34,19 +44,21 @@ TRAINED = "trained_parameters.safetensors"
 
 class RecipeTrainer(Trainer):
     """`transformers.Trainer` for the loss and the metrics of a `task` (tasks.Task), with the techniques that `shared`
-    (args.SharedArguments) asks for."""
+    (args.SharedArguments) asks for. `method` (args.Method) is written into checkpoints, to be compared when a run goes on."""
 
-    def __init__(self, *, model, args, task, shared, callbacks, **kwargs):
-        callbacks = list(callbacks)
+    def __init__(self, *, model, args, task, shared, callbacks, method=None, **kwargs):
+        self.watch, self.method = faults.Watch(self, shared.on_nan), method
+        self.stage, self.allowed = None, []  # where a checkpoint is being written; what differs from the run that is resumed
+        callbacks = [*callbacks, self.watch]
         if shared.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if task.old is not None:
             callbacks.append(BeforeTraining(self))
-        if args.bf16:
-            _hold_frozen_in_bf16(model)
+        callbacks += task.callbacks
+        if shared.max_minutes is not None:
+            callbacks.append(StopAfter(60 * shared.max_minutes))
         self.task, self.shared, self.forgetting = task, shared, {}
-        if shared.start_from:
-            _go_on_from(Path(shared.start_from), model)
+        prepare(model, args, shared)
         if shared.r_drop and not _has_dropout(model):
             raise UserError("--r_drop compares passes with different dropout, and there is none here: give the model some with "
                             "--model_dropout 0.1")
@@ -60,11 +72,25 @@ class RecipeTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
+        self.padded = self.positions = 0  # that were run in training, by this process
         self.label_names = ["labels"]
+        self.asked = []
+        if shared.eval_generate_rows:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError("--eval_generate_rows needs the whole model on each device, and FSDP or DeepSpeed divides it: leave it out")
+            self.asked = dev_answers.questions(task.dev, task.tokenizer, shared.eval_generate_rows,
+                                               losses.network(model).config.is_encoder_decoder)
 
     def train(self, *args, **kwargs):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
-        result = super().train(*args, **kwargs)
+        if checkpoint := kwargs.get("resume_from_checkpoint"):
+            self.allowed = checkpoints.check_unchanged(Path(checkpoint), self._asked(), self.shared.allow_changed)
+        for sentence in checkpoints.changed_since(Path(self.shared.repeats), self._asked()) if self.shared.repeats else ():
+            self.watch.tell(sentence)
+        with self.watch.signals():
+            result = super().train(*args, **kwargs)
+        padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
+        self.padding_share = padded / positions if positions else 0.0  # a run resumed at its end trains nothing
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
@@ -79,6 +105,17 @@ class RecipeTrainer(Trainer):
         else:
             self.forgetting["before"] = self._scores_on_old_rows()
             self.log({f"old_{name}": value for name, value in self.forgetting["before"].items()})
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with the scores of answers written to dev rows where --eval_generate_rows asks for them."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.asked and metric_key_prefix == "eval":
+            with self.accelerator.autocast():
+                scores = dev_answers.score(self.accelerator.unwrap_model(self.model), self.task.tokenizer, self.asked,
+                                           self.shared.eval_generate_tokens, self.shared.eval_generate_seconds,
+                                           self.args.process_index, self.args.world_size)
+            output.metrics.update({f"eval_{name}": value for name, value in scores.items()})
+        return output
 
     def _scores_on_old_rows(self) -> dict[str, float]:
         # predict() and not evaluate(): early stopping listens to every evaluation. It draws a random number, for a seed of the loader,
@@ -101,7 +138,49 @@ class RecipeTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; num_items_in_batch counts all processes
         return (loss, None) if return_outputs else loss
 
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """The Trainer's; batches to train on are lists of micro-batches."""
+        self.data_collator = self._train_collator() if is_training else self.task.collate
+        return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+
+    def _train_collator(self):
+        group, limit = None, self.shared.micro_batch_tokens
+        # Where each pass gathers weights from all processes, all must make equally many.
+        if limit is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            group = batches.grouping(losses.network(self.model), self.args.bf16, limit)
+        return partial(batches.collate, one=self.task.collate, group=group)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.shared.tokens_per_step:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return batches.StepsByTokens(batches.lengths(self.train_dataset), self.shared.tokens_per_step, seed,
+                                     self.args.train_sampling_strategy == "random", self.args.world_size, self.args.process_index)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return super()._get_num_items_in_batch([micro_batch for batch in batch_samples for micro_batch in batch], device)
+
+    def _track_num_input_tokens(self, inputs):
+        # At once: processes add up their counts, and may differ in the number of micro-batches.
+        whole = {name: torch.cat([micro_batch[name].flatten() for micro_batch in inputs]) for name in ("input_ids", "attention_mask")}
+        super()._track_num_input_tokens(whole)
+
+    def floating_point_ops(self, inputs):
+        """Those of all micro-batches, as the Trainer counts them."""
+        return sum(map(super().floating_point_ops, inputs))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of each micro-batch of the list `inputs`, in pieces where memory runs out. Returns the loss, their sum."""
+        total, run = 0, partial(self._forward_and_backward, model, num_items_in_batch=num_items_in_batch)
+        for i, micro_batch in enumerate(inputs):
+            mask = micro_batch["attention_mask"]
+            self.padded, self.positions = self.padded + int((mask == 0).sum()), self.positions + mask.numel()
+            # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
+            with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():
+                total = total + self.watch.train(run, micro_batch)
+        return total
+
+    def _forward_and_backward(self, model, inputs, num_items_in_batch):
         """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
         step = partial(super().training_step, model, inputs, num_items_in_batch)
 
@@ -117,7 +196,7 @@ class RecipeTrainer(Trainer):
         """The Trainer's; of a stream, one that Accelerate does not divide again: each process reads a share of its own."""
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator,
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self._train_collator(),
                           pin_memory=self.args.dataloader_pin_memory)
 
     def create_optimizer(self, *args, **kwargs):
@@ -129,18 +208,31 @@ class RecipeTrainer(Trainer):
         return optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, (sums, ...), labels): `sums` is (batch, 2), a row's negative log-likelihood in nats and its number of items; after it
-        come the task's own outputs."""
+        """(None, (sums, ...), labels): `sums` are those of losses.row_sums, a row's negative log-likelihood in nats and its number of
+        items; after it come the task's own outputs."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            parts = self._parts(model, inputs)
-        return None, (losses.row_sums(parts), *self.task.outputs(parts)), inputs["labels"]
+
+        def outputs(piece):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                parts = self._parts(model, piece)
+            return losses.row_sums(parts, piece.get("bytes")), *self.task.outputs(parts)
+
+        return None, self.watch.evaluate(outputs, inputs), inputs["labels"]
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of a step. Raises `UserError` where the data don't come."""
+        with faults.deadline(self.shared.data_timeout, self.state.global_step + 1):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _get_grad_norm(self, *args, **kwargs):
+        return self.watch.checked(super()._get_grad_norm(*args, **kwargs))
 
     def _summed(self, parts) -> torch.Tensor:
         return sum(part.nll(self.args.label_smoothing_factor).sum() for part in parts)
 
     def _parts(self, model, inputs) -> list[losses.Part]:
-        choose_attention(losses.network(model), inputs["input_ids"].shape[1])
+        if self.shared.attention == "auto":
+            choose_attention(losses.network(model), inputs["input_ids"].shape[1])
         return self.task.loss(model, inputs)
 
     def _metrics(self, prediction) -> dict[str, float]:
@@ -151,9 +243,73 @@ class RecipeTrainer(Trainer):
         return scores | self.task.metrics(*outputs, prediction.label_ids)
 
     def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, with every token on the command line; run.json says it all
         if isinstance(self.model, PeftModel):
-            save_file(trained_state(self.model), Path(output_dir or self.args.output_dir) / TRAINED)
+            save_file(trained_state(self.model), folder / TRAINED)
+
+    def _asked(self) -> dict:
+        return checkpoints.asked_for(self.task, asdict(self.shared), asdict(self.method) if self.method else {}, self.args)
+
+    def _get_output_dir(self, trial=None):
+        return str(self.stage or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        # The Trainer's own, but written aside and put in its place when it is whole.
+        folder = Path(self.args.output_dir)
+        target, staged = (parent / f"checkpoint-{self.state.global_step}" for parent in (folder, folder / checkpoints.STAGE))
+        with checkpoints.failure_told(target, folder):
+            try:
+                self.stage = staged.parent
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.stage = None
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(target)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                checkpoints.put_in_place(staged, folder, self._asked())
+                checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
+        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        if not resume_from_checkpoint:
+            return epochs, batches
+        ended = self.state.global_step >= max_steps  # the Trainer would take one step more where that is within an epoch
+        for callback in [callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState)]:
+            kept = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            for name, value in kept["attributes"].items():
+                setattr(callback, name, value)
+            if isinstance(callback, EarlyStoppingCallback):
+                ended |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        self._find_best(Path(resume_from_checkpoint).parent)
+        changes = f"; {'; '.join(self.allowed)}" if self.allowed else ""
+        self.watch.tell(f"resumed from {resume_from_checkpoint}{changes}")
+        return (num_train_epochs, 0) if ended else (epochs, batches)
+
+    def _find_best(self, folder: Path):
+        # The run folder may have been moved, and the best checkpoint may be damaged.
+        if not self.state.best_global_step:
+            return
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if wrong := checkpoints.fault(best):
+            self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
+            self.watch.tell(f"{best}, the best so far, can't be used ({wrong}): the best is chosen among the following ones")
+        else:
+            self.state.best_model_checkpoint = str(best)
+
+    def _finalize_training(self, *args, **kwargs):
+        # With a limit of 1 the Trainer would delete the last checkpoint before the run is finished, if it is not the best.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _check_same_kind(resume_from_checkpoint, self.model)
@@ -185,6 +341,35 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.measure_before()
+
+
+class StopAfter(TrainerCallback):
+    """Ends the training after so many seconds, evaluations included, on all processes at the same step."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The first process decides: the clocks of several differ, and one that goes on alone would wait for the others for ever.
+        [over] = broadcast_object_list([time.monotonic() - self.begun >= self.seconds])
+        if over and not control.should_training_stop:
+            control.should_training_stop = True
+            if state.is_world_process_zero and state.global_step < state.max_steps:
+                print(f"--max_minutes {self.seconds / 60:g}: stopped after {state.global_step} of {state.max_steps} steps")
+
+
+def prepare(model, training, shared) -> None:
+    """What an adapted `model` needs before it is trained: frozen weights as they are computed with, what --start_from
+    learned, and the attention kernel."""
+    if training.bf16:
+        _hold_frozen_in_bf16(model)
+    if shared.start_from:
+        _go_on_from(Path(shared.start_from), model)
+    if shared.attention != "auto":
+        _set_attention(losses.network(model), shared.attention)
 
 
 def trained_state(model) -> dict[str, torch.Tensor]:
@@ -222,9 +407,20 @@ def _go_on_from(run: Path, model) -> None:
 
 
 def _check_same_kind(checkpoint, model) -> None:
-    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round."""
+    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round, or from a pickle."""
+    if any(Path(checkpoint).glob("*.bin")) and not any(Path(checkpoint).glob("*.safetensors")):
+        raise UserError(f"{checkpoint} holds pickled weights, which are not loaded, as a pickle can run any code when it is opened: resume "
+                        "from a checkpoint with safetensors")
     if (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
         raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
+
+
+def _set_attention(model, kernel: str) -> None:
+    """Raise `UserError` where the model or this machine lacks it."""
+    try:
+        model.set_attn_implementation(kernel)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--attention {kernel}: {' '.join(str(error).split())}") from error
 
 
 def choose_attention(model, length: int) -> None:
@@ -247,18 +443,29 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
     `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded.
     """
     order, out, batch = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), [()] * len(rows), []
+
+    def run(piece):
+        passes = []
+        for member in losses.members(model):
+            choose_attention(losses.network(member), piece["input_ids"].shape[1])
+            passes.append(task.loss(member, piece))
+        parts = passes[0] if len(passes) == 1 else losses.average(passes)
+        return losses.row_sums(parts, piece.get("bytes")), *task.outputs(parts)
+
+    def less(fitting):
+        nonlocal tokens_per_batch
+        if not fitting:
+            raise UserError(f"out of memory while {description.lower()} a single row: use a machine with more memory, or shorter rows")
+        tokens_per_batch = fitting * inputs["input_ids"].shape[1]
+        print(f"note: out of memory while {description.lower()}: from here on at most {tokens_per_batch} tokens at once")
+
     for position, i in enumerate(tqdm(order, desc=description, unit="rows")):
         batch.append(i)
         following = order[position + 1: position + 2]
         if following and len(rows[following[0]]["input_ids"]) * (len(batch) + 1) <= tokens_per_batch:
             continue
         inputs = {name: tensor.to(model.device) for name, tensor in task.collate([rows[j] for j in batch]).items()}
-        passes = []
-        for member in losses.members(model):
-            choose_attention(losses.network(member), inputs["input_ids"].shape[1])
-            passes.append(task.loss(member, inputs))
-        parts = passes[0] if len(passes) == 1 else losses.average(passes)
-        columns = [tensor.cpu().numpy() for tensor in (losses.row_sums(parts), *task.outputs(parts))]
+        columns = [tensor.cpu().numpy() for tensor in faults.joined(faults.in_pieces(run, inputs, None, less))]
         for j, *values in zip(batch, *columns, strict=True):
             out[j] = tuple(values)
         batch = []
@@ -266,9 +473,13 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
 
 
 def mean_loss(sums: np.ndarray) -> dict[str, float]:
-    """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2)."""
-    nll, items = sums.sum(axis=0)
-    return {"loss": float(nll / items), "perplexity": perplexity(nll, items)}
+    """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2).
+
+    With the bytes of their text, (rows, 3), also bits per byte, which compares models whose tokens differ.
+    """
+    nll, items, *text_bytes = sums.sum(axis=0)
+    per_byte = {"bits_per_byte": float(nll / math.log(2) / text_bytes[0])} if text_bytes else {}
+    return {"loss": float(nll / items), "perplexity": perplexity(nll, items), **per_byte}
 
 
 def _has_dropout(model) -> bool:

@@ -10,13 +10,16 @@ folder is one task, found by its file name, and has five functions:
     evaluate(candidates, task, rows, record, options) -> the scores (evaluation.result)
 
 and the constant MODELS, which says for each kind of model (models.KINDS) with which of transformers' AutoModelFor... classes it does the
-task, or why it can't. With what a method says itself (args.Method.refuses), this is the table of what works with what.
+task, or why it can't. With what a method says itself (args.Method.refuses), this is the table of what works with what. Only pretrain has
+`from_scratch`, for the flag of this name.
 """
 
+import functools
 import importlib
 import itertools
 import random
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,13 +30,15 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from recipes.common import args, data, disk, encoding, losses, models, regularize, streaming
+from recipes.common import args, batches, data, disk, doctor, encoding, losses, models, regularize, streaming
 from recipes.common.errors import UserError
 
 DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
 # Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
-NOT_OF_ROWS = {"model", "fallback_model", "start_from", "preprocessing_num_workers", "early_stopping_patience", "layer_lr_decay",
-               "model_dropout", "adversarial", "adversarial_epsilon", "r_drop"}
+NOT_OF_ROWS = {"model", "fallback_model", "start_from", "from_scratch", "vocab_size", "config", "preprocessing_num_workers",
+               "early_stopping_patience", "layer_lr_decay", "model_dropout", "adversarial", "adversarial_epsilon", "r_drop",
+               "tokens_per_step", "micro_batch_tokens", "attention", "max_tokens", "max_minutes", "eval_generate_rows",
+               "eval_generate_tokens", "eval_generate_seconds", "on_nan", "data_timeout", "allow_changed", "repeats"}
 
 
 @dataclass
@@ -56,11 +61,13 @@ class Task:
     config: dict = field(default_factory=dict)  # what the model's config must say: its labels, its padding
     dropout: dict = field(default_factory=dict)  # what --model_dropout changes in the config while training
     generation: object = None  # transformers.GenerationConfig, for tasks that write
+    callbacks: list = field(default_factory=list)  # that the task needs while training
     start_head: Callable | None = None  # (model, task) sets a new head to what the train rows tell
     head: str | None = None  # the new head's name where PEFT does not know it
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
+    steps: int = None  # an epoch's optimizer steps, where --tokens_per_step decides them
     dev: Dataset = None
     old: Dataset = None  # rows on which forgetting is measured
     lineage: list[dict] = field(default_factory=list)  # the runs that this one goes on from, the first one first
@@ -115,6 +122,8 @@ def load(shared, method, training) -> Task:
         task = _load(shared, method, training)
     if training.process_index == 0:
         print_report(task)
+        if shared.max_tokens:
+            print(f"--max_tokens {shared.max_tokens}: {training.num_train_epochs:.2f} passes over the train rows")
     return task
 
 
@@ -125,7 +134,7 @@ def _load(shared, method, training) -> Task:
         record = models.read_record(run, "--start_from")
         source = models.source_of_run(run, record)
     else:
-        source = models.resolve(shared.model, shared.fallback_model)
+        source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
     tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
     if shared.streaming:
@@ -134,6 +143,10 @@ def _load(shared, method, training) -> Task:
         return task
     old = _old_source(shared)
     files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
+    read = functools.cache(partial(_rows, kind, shared, training.seed, files, old))  # at most once, and only if they are needed
+    if shared.from_scratch:
+        source, tokenizer = kind.from_scratch(shared, training, source, tokenizer,
+                                              lambda: read().splits["train"].rows[: shared.max_train_samples])
     folder = disk.cache() / disk.key(
         [{split: file.sha256 for split, file in found.items()} for found in sum(files, [])],
         {name: value for name, value in asdict(shared).items() if name not in NOT_OF_ROWS}, training.seed,
@@ -142,16 +155,20 @@ def _load(shared, method, training) -> Task:
     if entry:
         task = _make(kind, shared, source, tokenizer, entry[1]["facts"])
     else:
-        rows = _rows(kind, shared, training.seed, files, old)
-        facts = kind.facts(rows.splits["train"].rows, shared)
-        facts = _facts_of_run(record, shared, facts) if run else facts
+        rows = read()
+        facts = _facts_of_run(record, shared, rows.facts) if run else rows.facts
         task = _make(kind, shared, source, tokenizer, facts)
         features, counts = _encode(task, rows.splits, shared)
-        disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed}})
+        disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed, "doctor": _brief(rows, facts, shared)}})
     features, made = entry or disk.kept(folder)
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
+    task.report["doctor"]["details"] = doctor_command(shared, training.seed)
     task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
     task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+    if shared.max_tokens:
+        training.num_train_epochs = shared.max_tokens / task.report["splits"]["train"]["tokens"]
+    if shared.tokens_per_step:
+        _plan_steps(task, shared.tokens_per_step, training)
     return task
 
 
@@ -165,7 +182,8 @@ def _stream(kind, shared, training, source, tokenizer) -> Task:
     dev = data.join(devs) if devs else data.Rows(first[:limit], f"{name} (first {len(first[:limit])} rows)", "streamed")
     task = _make(kind, shared, source, tokenizer, kind.facts(first, shared))
     if task.one is None:
-        raise UserError(f"--streaming: --task {task.name} must know all rows, for their labels, before it begins: leave it out")
+        raise UserError(f"--streaming: --task {task.name} must know all rows before it begins, for their labels or to join "
+                        "their texts: leave it out")
     features, splits = _encode(task, {"dev": dev}, shared)
     report = {"source": name, "sha256": "streamed", "unit": kind.UNIT, "items": "tokens", "sentences": [], "notes": [
         f"streamed, shuffled among {shared.shuffle_buffer:,} rows at a time; the counts are those of "
@@ -173,13 +191,50 @@ def _stream(kind, shared, training, source, tokenizer) -> Task:
     task.train = streaming.Stream(read, task.one, report, shared, 0 if devs else len(dev.rows), training.seed, training.process_index,
                                   training.world_size)
     task.dev = features["dev"]
-    task.report |= {"max_length": task.max_length, "splits": {"train": report, **splits}}
+    task.report |= {"max_length": task.max_length, "splits": {"train": report, **splits}, "doctor": {
+        "sentences": ["a stream is not examined for copies, leaks and personal data"], "details": doctor_command(shared, training.seed)}}
     return task
+
+
+def doctor_command(shared, seed: int) -> str:
+    """The command that examines the rows of this training from all sides."""
+    default = args.SharedArguments()
+    given = {name: value for name in args.READING if (value := getattr(shared, name)) != getattr(default, name)}
+    given |= {} if shared.start_from else {"model": shared.model}  # a run may be an adapter, which is no model by itself
+    given |= {"seed": seed} if seed != args.SEED else {}
+    words = ["python", "scripts/doctor.py"]
+    for name, value in given.items():
+        words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
+
+
+def _plan_steps(task: Task, tokens: int, training) -> None:
+    """How many steps of `tokens` tokens the train rows make. Raises `UserError` where a step could not hold a row."""
+    lengths = batches.lengths(task.train)
+    if max(lengths) > tokens:
+        raise UserError(f"--tokens_per_step {tokens}: the longest train row has {max(lengths)} tokens; raise it, or lower --max_length")
+    if len(lengths) < training.world_size:
+        raise UserError(f"--tokens_per_step: {len(lengths)} train rows are too few for {training.world_size} processes")
+    task.steps = batches.steps_of(lengths, tokens, training.world_size)
+    # What the Trainer takes a step to hold when it counts samples per second: the mean.
+    training.per_device_train_batch_size = round(len(lengths) / task.steps / training.world_size)
+    task.report["steps_an_epoch"] = task.steps
+
+
+def _draw_share(train: data.Rows, share: float, seed: int) -> None:
+    """Leave `share` of the train rows, the first ones of an order drawn with `seed`: so each share is part of every larger one."""
+    order = list(range(len(train.rows)))
+    random.Random(seed).shuffle(order)
+    chosen = order[: max(1, round(share * len(order)))]
+    train.rows = train.rows.take(chosen)
+    train.notes = [*train.notes, f"--train_fraction {share:g}: {len(chosen)} of {len(order)} train rows, drawn with seed {seed}"]
 
 
 class _Rows(NamedTuple):
     splits: dict[str, data.Rows]  # "train", "dev", and "old", on which forgetting is measured, if that is asked for
     replayed: dict  # what was mixed in, for the report
+    facts: dict  # what the train rows say
+    read: dict[str, disk.Stored]  # the rows of the files, by split, as the doctor examines them
 
 
 class _Old(NamedTuple):
@@ -192,14 +247,26 @@ class _Old(NamedTuple):
 
 def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) -> _Rows:
     splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[0])
+    read, replayed = {name: split.rows for name, split in splits.items()}, {}
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
-    if not old:
-        return _Rows(splits, {})
-    found = _of(old, data.load, old.name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[1])
-    for split in found.values():
-        split.rows = kind.rows(split.rows, shared)
-    return _Rows(splits | {"old": found["dev"]}, _mix_in(old, found["train"], splits["train"], shared.max_train_samples, seed))
+    if old:
+        found = _of(old, data.load, old.name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[1])
+        for split in found.values():
+            split.rows = kind.rows(split.rows, shared)
+        replayed = _mix_in(old, found["train"], splits["train"], shared.max_train_samples, seed)
+        splits |= {"old": found["dev"]}
+    facts = kind.facts(splits["train"].rows, shared)
+    if shared.train_fraction < 1:
+        _draw_share(splits["train"], shared.train_fraction, seed)
+    return _Rows(splits, replayed, facts, read)
+
+
+def _brief(rows: _Rows, facts: dict, shared) -> dict:
+    """What the doctor says of the rows in short."""
+    counts, sentences = doctor.brief(rows.read["train"][: shared.max_train_samples], rows.read["dev"][: shared.max_eval_samples],
+                                     facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
+    return {**counts, "sentences": sentences}
 
 
 def _encode(task: Task, splits: dict[str, data.Rows], shared) -> tuple[dict[str, Dataset], dict]:
@@ -283,6 +350,12 @@ def flags(record: dict) -> SimpleNamespace:
     return SimpleNamespace(**asdict(args.SharedArguments()) | record["shared_arguments"])
 
 
+def without_data(shared, source: models.Source, rows: list[dict]) -> Task:
+    """The task for the model `source` and what the train `rows` say, which is enough to encode rows. Raises `UserError`."""
+    kind = module(shared.task)
+    return _make(kind, shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
+
+
 def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
     window = models.window(source)
     if shared.max_length and window and shared.max_length > window:
@@ -320,3 +393,6 @@ def print_report(task: Task) -> None:
             print(f"  skipped {sentence}")
         if len(c["bad_rows"]) > 5:
             print(f"  ... {len(c['bad_rows'])} rows skipped in all; run.json lists them")
+    if report["doctor"]["sentences"]:
+        print("\n".join(["doctor:", *(f"  {sentence}" for sentence in report["doctor"]["sentences"]),
+                         f"  details: {report['doctor']['details']}"]))

@@ -25,6 +25,7 @@ MODELS = {
 UNTUNED_SCORES = True  # a pretrained model can be asked the same
 COLUMNS = {"loss": "loss", "perplexity": "perplexity", "bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
            "chrf": "chrF", "distinct1": "distinct-1", "distinct2": "distinct-2"}
+SLICED = {"bleu": "BLEU", "rougeL": "ROUGE-L", "chrf": "chrF"}  # what is scored of each part of the replies
 
 
 def check(shared):
@@ -121,12 +122,30 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
                          "model's window leave; their replies count as empty")
     texts = {name: [text for _, _, text in result["replies"]] for name, result in results.items()}
     samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),
-                *((name, replies[i]) for name, replies in texts.items())] for i in evaluation.spread(len(turns), options.samples)]
-    predictions = [{"id": rows[r].get("id", r), "turn": t, "language": languages[r], "reference": references[i],
+                *((name, replies[i]) for name, replies in texts.items())] for i in evaluation.reported(len(turns), options)]
+    losses = {name: {numbers[r] - 1: sums.tolist() for r, sums in zip(kept, result["sums"], strict=True)}
+              for name, result in results.items()}
+    predictions = [{"id": rows[r].get("id", r), "row": numbers[r] - 1, "turn": t, "language": languages[r], "reference": references[i],
                     **{name: replies[i] for name, replies in texts.items()}} for i, (r, t) in enumerate(turns)]
+    keys = [_keys(rows[r]["messages"], t) | {"language": languages[r], "reply_length": metrics.length_class(references[i])}
+            for i, (r, t) in enumerate(turns)]
+    slices = evaluation.slices(keys, SLICED.values(), sliced(texts, references, [languages[r] for r, _ in turns]))
     return evaluation.result(COLUMNS.values(), scored, "replies", len(rows), notes=notes, samples=samples,
-                             predictions=predictions,
-                        signature=f"{signature}; greedy, at most {options.max_new_tokens} new tokens")
+                             predictions=predictions, losses=losses, slices=slices,
+                             signature=f"{signature}; greedy, at most {options.max_new_tokens} new tokens")
+
+
+def sliced(texts: dict[str, list[str]], references, languages: list[str]) -> dict:
+    """Name of a model -> the scorer of parts of its texts that evaluation.slices wants."""
+    scorers = {name: metrics.part_scorer(replies, references, languages) for name, replies in texts.items()}
+    return {name: lambda at, score=score: [score(at)[key] for key in SLICED] for name, score in scorers.items()}
+
+
+def _keys(messages: list[dict], turn: int) -> dict:
+    """What the reply `turn` answers to: the annotation of the customer's last turn, and how many replies came before."""
+    asked = next((m for m in reversed(messages[:turn]) if m["role"] == "user"), {})
+    number = sum(m["role"] == "assistant" for m in messages[: turn + 1])
+    return {key: asked[key] for key in ("intent", "sentiment") if key in asked} | {"turn": str(number) if number < 5 else "5+"}
 
 
 def _answer(name, model, task, rows, features, options) -> dict:

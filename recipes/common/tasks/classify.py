@@ -23,6 +23,7 @@ MAX_LENGTH = 256
 UNIT = "rows"
 MODELS = dict.fromkeys(models.KINDS, AutoModelForSequenceClassification)
 UNTUNED_SCORES = False  # a pretrained model has no head for these labels
+SLICED_BY = ("intent", "sentiment")  # annotation of a row or turn by which its scores are cut up
 TURNED_AWAY = 0.05  # share of the dev rows that a threshold may turn away wrongly, where dev has no out-of-scope rows to set it by
 
 
@@ -47,8 +48,10 @@ def _texts(rows, shared):
             if shared.label in turn:
                 before = row["messages"][max(0, i - shared.context_turns): i]
                 context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-                yield {"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
-                       "label": turn[shared.label]} | {key: row[key] for key in ("language",) if key in row}
+                yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
+                        "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
+                       | {key: row[key] for key in ("language",) if key in row}
+                       | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
                 number += 1
 
 
@@ -219,9 +222,10 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     languages = [metrics.language_of(row, row["text"]) for row in rows]
     labels = np.array(features["labels"])
     cut = record["metrics"].get("dev_oos_threshold")
-    scored, logits = [], {}
+    scored, logits, losses = [], {}, {}
     for name, load in candidates.items():
         sums, logits[name] = map(np.array, zip(*dataset_outputs(load(), task, features, f"Labels of {name}"), strict=True))
+        losses[name] = dict(enumerate(sums.tolist()))
         scored += _scores(name, sums, logits[name], labels, languages, shared, cut)
     if options.base and not shared.multi_label:
         frequent = int(np.argmax([record["data"]["labels"][label] for label in names]))
@@ -232,15 +236,16 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     right = [_right(labels[i], names, shared) for i in range(len(rows))]
     predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
     samples = [[("text", rows[i]["text"]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
-               for i in evaluation.spread(len(rows), options.samples)]
-    predictions = [{"id": row.get("id", i), "text": row["text"], "label": right[i], **{name: p[i] for name, p in predicted.items()}}
-                   for i, row in enumerate(rows)]
-    notes, more = [], {}
+               for i in evaluation.reported(len(rows), options)]
+    predictions = [{"id": row.get("id", i), "row": i, "text": row["text"], "label": right[i],
+                    **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
+    notes, more = [], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
         notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
     if not shared.multi_label:
         more["report"] = metrics.classification_report(predicted[name], right)
         wrong = Counter((r, p) for r, p in zip(right, predicted[name], strict=True) if r != p)
+        more["confusion_matrix"] = metrics.confusion_matrix(predicted[name], right)
         more["confusions"] = [[r, p, n] for (r, p), n in wrong.most_common(10)]
         notes += [f"{n} times {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
     headings = {"loss": "loss", "accuracy": "accuracy", "f1_macro": "macro F1"}
@@ -249,7 +254,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     for row in scored:
         row["values"] = [row["values"].get(key, np.nan) for key in headings]
     return evaluation.result(headings.values(), scored, "rows", len(rows), notes=notes, samples=samples, predictions=predictions,
-                             signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
+                             losses=losses, signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
 
 
 def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
@@ -269,6 +274,25 @@ def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
                 values["oos_recall"] = 100 * (~kept)[outside].mean() if outside.any() else np.nan
         scored.append({"language": language, "model": name, "count": int(at.sum()), "values": values})
     return scored
+
+
+def _slices(rows, languages, logits, labels, shared) -> dict:
+    """Accuracy and macro F1 of parts of the rows, by what they say of themselves; out-of-scope rows are in no part."""
+    inside = np.flatnonzero(np.ones(len(rows), bool) if shared.multi_label else labels != IGNORE)
+    keys = [{key: rows[i][key] for key in SLICED_BY if isinstance(rows[i].get(key), str) and key != shared.label}
+            | {"language": languages[i], "length": metrics.length_class(rows[i]["text"])}
+            | ({"turn": str(rows[i]["turn"]) if rows[i]["turn"] < 5 else "5+"} if isinstance(rows[i].get("turn"), int) else {})
+            for i in inside]
+
+    def scorer(values):
+        def score(at):
+            own, right = values[inside[at]], labels[inside[at]]
+            scores = (multi_label_scores(own > 0, right > 0) if shared.multi_label
+                      else label_scores(own.argmax(1).tolist(), right.tolist()))
+            return [100 * scores["accuracy"], 100 * scores["f1_macro"]]
+        return score
+
+    return evaluation.slices(keys, ["accuracy", "macro F1"], {name: scorer(values) for name, values in logits.items()})
 
 
 def _right(label, names, shared) -> str:

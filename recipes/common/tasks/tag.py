@@ -90,6 +90,9 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     if unknown:
         sentences.append(f"{sum(unknown.values())} words have types that the train rows lack ({', '.join(sorted(unknown))}): they can't be "
                          "found")
+    if counts["unread"]:
+        sentences.append(f"{counts['unread']} of {counts['supervised']} words are unknown to the tokenizer, and the same "
+                         f"{tokenizer.unk_token} to the model: it goes by what stands around them")
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": [], "refused": {}, "items": "words",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
@@ -113,6 +116,7 @@ def _encode(row: dict, tokenizer, max_length: int, index: dict[str, int], last: 
     counts["stray"] = sum(tag[0] == "I" and (i == 0 or tags[i - 1][1:] != tag[1:]) for i, tag in enumerate(tags))
     counts["shortened"] = len(whole["input_ids"]) > max_length
     counts["empty"] = len(tokens) - len(sizes.keys() - {None})
+    counts["unread"] = sum(encoding["input_ids"][at[0]] == tokenizer.unk_token_id for at in places.values())
     counts["beyond"] = len(sizes.keys() - {None}) - len(places)
     counts["tokens"] = len(encoding["input_ids"])
     counts["supervised"] = len(places)
@@ -164,9 +168,10 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     features, counts = task.encode(rows, "rows", flags(record).on_bad_row)
     languages = [metrics.language_of(row, " ".join(row["tokens"])) for row in rows]
     right = [row["tags"] for row in rows]
-    scored, predicted = [], {}
+    scored, predicted, losses = [], {}, {}
     for name, load in candidates.items():
         outputs = dataset_outputs(load(), task, features, f"Tags of {name}")
+        losses[name] = {i: sums.tolist() for i, (sums, _) in enumerate(outputs)}
         predicted[name] = [["O"] * len(row["tokens"]) for row in rows]
         for tags, words, (_, likeliest) in zip(predicted[name], features["words"], outputs, strict=True):
             for word, label in zip(words, likeliest[likeliest != IGNORE], strict=True):
@@ -181,11 +186,21 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
             scored.append({"language": language, "model": name, "count": len(at), "values": [values[key] for key in COLUMNS]})
     samples = [[("text", "".join(spaced(rows[i]["tokens"]))), ("right", shown(rows[i]["tokens"], right[i])),
                 *((name, shown(rows[i]["tokens"], tags[i])) for name, tags in predicted.items())]
-               for i in evaluation.spread(len(rows), options.samples)]
-    predictions = [{"id": row.get("id", i), "language": languages[i], "tokens": row["tokens"], "tags": right[i],
+               for i in evaluation.reported(len(rows), options)]
+    predictions = [{"id": row.get("id", i), "row": i, "language": languages[i], "tokens": row["tokens"], "tags": right[i],
                     **{name: tags[i] for name, tags in predicted.items()}} for i, row in enumerate(rows)]
-    return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), notes=counts["sentences"], samples=samples,
-                             predictions=predictions, report=metrics.span_report(predicted[name], right),
+
+    def scorer(tags):
+        def score(at):
+            average = metrics.span_report([tags[i] for i in at], [right[i] for i in at])["micro avg"]
+            return [100 * average[key] for key in ("f1-score", "precision", "recall")]
+        return score
+
+    keys = [{"language": language, "length": metrics.length_class("".join(spaced(row["tokens"])))}
+            for language, row in zip(languages, rows, strict=True)]
+    slices = evaluation.slices(keys, ["F1", "precision", "recall"], {name: scorer(tags) for name, tags in predicted.items()})
+    return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), slices=slices, notes=counts["sentences"], samples=samples,
+                             predictions=predictions, losses=losses, report=metrics.span_report(predicted[name], right),
                              signature="a span is right if its type and both its ends are; F1, precision, recall 0-100 over all spans, "
                                        "macro F1 over types, accuracy over words")
 

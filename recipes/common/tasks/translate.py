@@ -152,11 +152,12 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     kept = [i for i in range(len(rows)) if i + 1 not in gone]
     references = [row["refs"] if "refs" in row else [row["target"]] for row in rows]
     languages = [metrics.detect_language(" ".join(refs)) for refs in references]
-    scored, texts, notes = [], {}, []
+    scored, texts, notes, losses = [], {}, [], {}
     for name, load in candidates.items():
         model = load()
         sums = [sums for sums, in dataset_outputs(model, task, features, f"Loss of {name}")]
-        texts[name], cut = _write(name, model, task, rows, record, options)
+        losses[name] = {i: pair.tolist() for i, pair in zip(kept, sums, strict=True)}
+        texts[name], cut = write(name, model, task, rows, record, options)
         scores = metrics.score_replies(texts[name], references, languages)
         signature = scores.pop("signature")
         for language, score in scores.items():
@@ -167,15 +168,18 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         if cut:
             notes.append(f"{name}: {cut} of {len(rows)} targets did not end within {options.max_new_tokens} tokens and were cut")
     samples = [[("source", rows[i]["source"]), ("reference", references[i][0]), *((name, written[i]) for name, written in texts.items())]
-               for i in evaluation.spread(len(rows), options.samples)]
-    predictions = [{"id": row.get("id", i), "language": languages[i], "source": row["source"], "references": references[i],
+               for i in evaluation.reported(len(rows), options)]
+    predictions = [{"id": row.get("id", i), "row": i, "language": languages[i], "source": row["source"], "references": references[i],
                     **{name: written[i] for name, written in texts.items()}} for i, row in enumerate(rows)]
+    keys = [{"language": language, "target_length": metrics.length_class(refs[0])}
+            for language, refs in zip(languages, references, strict=True)]
+    slices = evaluation.slices(keys, chat_task.SLICED.values(), chat_task.sliced(texts, references, languages))
     how = "greedy" if options.num_beams == 1 else f"{options.num_beams} beams"
     return evaluation.result(COLUMNS.values(), scored, UNIT, len(rows), notes=notes, samples=samples, predictions=predictions,
-                             signature=f"{signature}; {how}, at most {options.max_new_tokens} new tokens")
+                             losses=losses, slices=slices, signature=f"{signature}; {how}, at most {options.max_new_tokens} new tokens")
 
 
-def _write(name, model, task, rows, record, options) -> tuple[list[str], int]:
+def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
     """A model's own target for each row, and how many were cut at --max_new_tokens. Sources that don't fit give an empty target."""
     flags = record["shared_arguments"]
     if task.peft_type == "CAUSAL_LM":

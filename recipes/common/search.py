@@ -1,0 +1,116 @@
+"""The flags of a recipe that do best on dev, found by Optuna through the Trainer's own `hyperparameter_search`:
+
+    python -m recipes.common.search --recipe lora --trials 8 --result lora.json --data data/customer_service --max_steps 20
+
+scripts/compare.py --search starts this for each recipe. Searched are the learning rate, log-uniformly within a factor of 5 of the recipe's
+default, and each flag of the recipe whose `option` names values in `search`. Nothing is saved but the result.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from recipes.common import args, errors
+from recipes.common.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent.parent
+FACTOR = 5  # the learning rate is searched between its default divided and multiplied by this
+
+
+def file_of(name: str) -> Path:
+    """The file of a recipe: a name of recipes/ or the path of any .py file. Raises `UserError`."""
+    path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
+    if not path.is_file() or path.name.startswith("_"):
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("[!_]*.py")))
+        raise UserError(f"unknown recipe {name}: there is no {path}; the recipes are {known}, or name any .py file")
+    return path
+
+
+def recipe_of(path: Path):
+    """The module of a recipe's file; its main() is not run. Raises `UserError` for a file that is no recipe."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for what annotations name
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path} is no Python file: {error}") from error
+    if missing := [name for name in ("MethodArguments", "adapt", "main") if not hasattr(module, name)]:
+        raise UserError(f"{path} defines no {missing[0]}: a recipe has MethodArguments, adapt and main (CONTRIBUTING.md)")
+    return module
+
+
+def main():
+    errors.install()
+    parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True, help="a file of recipes/, or any .py file")
+    parser.add_argument("--trials", type=args.positive, required=True, help="how many settings to try")
+    parser.add_argument("--result", required=True, help="the JSON file to write")
+    options, flags = parser.parse_known_args()
+    path = file_of(options.recipe)
+    sys.argv = [str(path), *flags]
+    result = search(recipe_of(path), flags, options.trials)
+    from recipes.common import runs
+
+    Path(options.result).write_text(json.dumps(runs.visible(result), indent=2) + "\n", encoding="utf-8")
+
+
+def search(recipe, flags: list[str], trials: int) -> dict:
+    """Train `trials` times on the train rows, each time with other flags, and compare the loss on dev.
+
+    Returns {"best": flag -> value, "trials": [{"settings", "dev_loss", "state"}]}. A trial that diverges counts as infinitely bad; one
+    that does worse than the others after an epoch may end early (state PRUNED). Raises `UserError` if none ends well.
+    """
+    shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [
+        *flags, "--save_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"])
+    import optuna
+
+    from recipes.common import runs, tasks
+    from recipes.common.trainer import RecipeTrainer, prepare
+
+    if shared.adversarial != "none":
+        raise UserError("--search trains many models in turn, which --adversarial can't follow: leave one of them out")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    runs.start(shared, method, training)
+    task = tasks.load(shared, method, training)
+    rate, knobs, seen = method.learning_rate, {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata}, []
+
+    def rates(trial):
+        seen.append(trial)
+        return {"learning_rate": trial.suggest_float("learning_rate", rate / FACTOR, rate * FACTOR, log=True)}
+
+    def model_for(trial):
+        chosen = {name: trial.suggest_categorical(name, values) for name, values in knobs.items()}
+        model, callbacks = recipe.adapt(task.load_model(method.load_in_4bit), task, replace(method, **chosen), training)
+        prepare(model, training, shared)
+        for callback in own:
+            trainer.remove_callback(callback)
+        own[:] = callbacks
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return model
+
+    model, own = recipe.adapt(task.load_model(method.load_in_4bit), task, method, training)
+    trainer = RecipeTrainer(model=model, args=training, task=task, shared=shared, train_dataset=task.train, eval_dataset=task.dev,
+                            data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
+    del model  # one at a time in memory
+    trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
+    best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, direction="minimize", backend="optuna",
+                                         compute_objective=lambda scores: finite(scores["eval_loss"]),
+                                         sampler=optuna.samplers.TPESampler(seed=training.seed))
+    if best.objective == math.inf:
+        raise UserError("every trial diverged: lower --learning_rate, around which the search looks")
+    return {"best": best.hyperparameters, "trials": [
+        {"settings": trial.params, "dev_loss": trial.value, "state": trial.state.name} for trial in seen[0].study.trials]}
+
+
+def finite(loss: float) -> float:
+    """`loss`, or infinity for NaN, which Optuna would take for a trial that never ended."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""scripts/doctor.py on small files: what it says is what the training does, every bad row has its number, nothing is half-written.
+
+    python -m pytest tests/test_doctor_script.py
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import DIALOGUES, ROOT, tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recipes.common import args, chat, data, models, tasks
+from recipes.common.errors import UserError
+
+spec = importlib.util.spec_from_file_location("doctor_script", ROOT / "scripts/doctor.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+LABELS = [{"text": f"{q} {'please ' * (i % 9)}", "label": ["order", "card", "hours"][i % 3]} for i, q in enumerate(
+    ["Where is my order?", "我的卡丢了", "Are you open?", "My order MW204518 is late", "My card is lost", "Until nine?"] * 3)]
+TAGS = [{"tokens": ["book", *["very"] * i, "Friday", "please"], "tags": ["O", *["O"] * i, "B-day", "O"]} for i in range(12)]
+PAIRS = [{"source": "Where is my order? " * (1 + i % 5) * 4, "target": "我的订单在哪里？" * (40 if i == 5 else 1 + i % 3)}
+         for i in range(12)]
+ROWS = {"chat": ("llama", DIALOGUES * 3, 40), "classify": ("bert", LABELS, 16), "tag": ("bert", TAGS, 9), "translate": ("t5", PAIRS, 60)}
+KIND = {"classify": "bert", "tag": "bert", "translate": "t5"}
+
+
+@pytest.fixture
+def doctor(tiny, capsys):
+    """doctor("--data", path, ...) -> (exit status, what was printed), with the tiny model of the task unless --model is given."""
+    def call(*words) -> tuple[int, str]:
+        words = list(map(str, words))
+        task = words[words.index("--task") + 1] if "--task" in words else "chat"
+        if "--model" not in words:
+            words += ["--model", str(tiny(KIND.get(task, "llama")))]
+        capsys.readouterr()
+        status = script.main(words)
+        printed = capsys.readouterr()
+        return status, printed.out + "".join(line for line in printed.err.splitlines(keepends=True) if line.startswith("error: "))
+
+    return call
+
+
+def loaded(flags: dict, model, **others) -> tasks.Task:
+    """The task as a training loads it."""
+    shared = args.SharedArguments(**flags, model=str(model), **others)
+    return tasks.load(shared, args.Method(), SimpleNamespace(seed=args.SEED, process_index=0))
+
+
+# What is read
+
+
+def test_every_bad_row_is_listed(doctor, write_jsonl, tmp_path):
+    bad = ['{"messages": []}', '{"messages": [', '{"text": "no dialogue"}', "[1]"]
+    path = write_jsonl([DIALOGUES[0], *bad, "", DIALOGUES[1], *['{"messages": 3}'] * 20])
+    status, out = doctor("--data", path, "--json", tmp_path / "found.json")
+    assert status == 2
+    assert f"train: 26 rows read, 2 kept, 24 refused ({path})\n" in out
+    assert '  row 2: "messages" must be a list of turns that is not empty\n  row 3: broken JSON at column 15' in out
+    assert "  row 5: expected a JSON object, not '[1]'\n" in out and "  ... and 14 more; --json OUT lists all\n" in out
+    assert re.search(r"^error: 24 of 26 rows in .*break the column contract \(rows 2, 3, 4, 5, 8, .* and 14 more\); mend ", out, re.M)
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    [file] = found["files"]
+    assert (file["read"], file["kept"], len(file["refused"])) == (26, 2, 24) and found["exit_status"] == 2
+    assert [bad["row"] for bad in file["refused"]] == [2, 3, 4, 5, *range(8, 28)]
+    with pytest.raises(UserError, match="row 2: "):
+        data.load(str(path), data.check_dialogue, 0.1, 42)
+
+
+def test_bad_rows_that_the_training_skips_are_a_warning(doctor, write_jsonl):
+    path = write_jsonl([*DIALOGUES, "{}"])
+    assert doctor("--data", path)[0] == 2
+    status, out = doctor("--data", path, "--on_bad_row", "skip")
+    assert status == 0 and "\nwarning: 1 of 5 rows in " in out
+    assert doctor("--data", path, "--on_bad_row", "skip", "--strict")[0] == 1
+    assert doctor("--data", write_jsonl(DIALOGUES[:2], "good.jsonl"), "--strict")[0] == 0
+
+
+def test_a_file_that_cannot_be_read(doctor, write_jsonl, tmp_path):
+    write_jsonl(DIALOGUES, "shop/train.jsonl")
+    (tmp_path / "shop/dev.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 999)[:-9])
+    status, out = doctor("--data", tmp_path / "shop")
+    assert status == 2 and "dev.jsonl.gz is cut or damaged" in out and "train: 4 rows read, 4 kept" in out
+    assert "\ntrain: 4 dialogues, " in out, "the other file is examined all the same"
+    assert re.search(r"^error: 1 file can't be read, .* \[unreadable\]$", out, re.M)
+    status, out = doctor("--data", tmp_path / "shop", "--mask_pii", tmp_path / "copy")
+    assert status == 2 and "error: --mask_pii " in out and not (tmp_path / "copy").exists()
+
+
+def test_csv_rows_name_their_line(doctor, tmp_path):
+    (tmp_path / "faq.csv").write_text('frage,antwort\n"Two\nlines",Yes.\nWhere?,\nHow?,So.\n', encoding="utf-8")
+    status, out = doctor("--data", tmp_path / "faq.csv", "--columns", "question=frage,answer=antwort")
+    assert status == 2 and "train: 3 rows read, 2 kept, 1 refused" in out and "\n  row 2 (line 4): " in out
+
+
+def test_an_empty_file(doctor, tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n", encoding="utf-8")
+    status, out = doctor("--data", tmp_path / "none.jsonl")
+    assert status == 2 and "error: 0 rows are in " in out and "there is no row to train on" in out
+
+
+def test_rows_of_several_files_name_their_file(doctor, write_jsonl):
+    one, two = write_jsonl([DIALOGUES[0], DIALOGUES[0]], "one.jsonl"), write_jsonl([DIALOGUES[3], *DIALOGUES[1:3]], "two.jsonl")
+    status, out = doctor("--data", f"{one}:3", f"{two}:1", "--dev_fraction", 0.01)
+    assert "dev: 1 of the train rows are held out" in out
+    assert re.search(rf"{re.escape(str(one))}:2\)", out), "the second copy, in whichever split it is"
+
+
+# What a model makes of it
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_doctor_says_what_the_training_does(task, doctor, tiny, write_jsonl, tmp_path):
+    kind, rows, max_length = ROWS[task]
+    path = write_jsonl(rows)
+    training = loaded({"data": [str(path)], "task": task, "max_length": max_length}, tiny(kind)).report["splits"]
+    status, out = doctor("--data", path, "--task", task, "--max_length", max_length, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["splits"]
+    for split in ("train", "dev"):
+        told, done = found[split]["tokens"], training[split]
+        assert (found[split]["items"], told["shortened"], told["untrained"], told["supervised"]) == (
+            done["rows"], done["shortened"], len(done["left_out"]), done["supervised"])
+    assert sum(training[split]["shortened"] for split in training) > 0, "else this test shows nothing"
+    keeps = max(split["tokens"]["keeps"]["100"] for split in found.values())
+    whole = loaded({"data": [str(path)], "task": task, "max_length": keeps}, tiny(kind)).report["splits"]
+    assert all(whole[split]["shortened"] == 0 and not whole[split]["left_out"] for split in whole)
+    less = loaded({"data": [str(path)], "task": task, "max_length": keeps - 1}, tiny(kind)).report["splits"]
+    assert any(less[split]["shortened"] or less[split]["left_out"] for split in less)
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tiny):
+    """(max_length) -> the chat task with this limit, and without one."""
+    source = models.resolve(str(tiny("llama")))
+    tokenizer, kind = models.load_tokenizer(source), tasks.module("chat")
+
+    def make(max_length: int):
+        return [kind.make(args.SharedArguments(max_length=length), source, tokenizer, {}) for length in (max_length, script.WHOLE)]
+
+    return make
+
+
+TEXTS = st.text(st.sampled_from("ab é好的？\n龘"), min_size=1, max_size=20).map(lambda text: f"{text}.")
+TURNS = st.lists(st.tuples(st.sampled_from(["user"] * 3 + ["assistant", "tool"]), TEXTS, TEXTS, st.booleans()), min_size=1, max_size=5)
+
+
+def dialogue_of(turns, system) -> dict:
+    """Mostly a question and an answer in turn; some answers come one after another, and some are context."""
+    messages = [{"role": "system", "content": "Be kind."}] if system else []
+    for role, text, answer, train in turns:
+        messages += [{"role": role, "content": text}, {"role": "assistant", "content": answer, **({} if train else {"train": False})}]
+    return {"messages": messages}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(rows=st.lists(st.builds(dialogue_of, TURNS, st.booleans()), min_size=1, max_size=4),
+       max_length=st.integers(20, 200))
+def test_what_is_shortened_and_left_out_is_what_training_shortens_and_leaves_out(two_tasks, rows, max_length):
+    rows = [row for row in rows if data.check_dialogue(row) is None]
+    if not rows:
+        return
+    task, whole = two_tasks(max_length)
+    numbers = [10 + i for i in range(len(rows))]
+    encoded, findings = script.encode("train", rows, numbers, task, whole, "stop")
+    one_by_one = [chat.encode(row["messages"], task.tokenizer, max_length) for row in rows]
+    split = encoded.summary
+    left_out = [n for n, tokens in zip(split.numbers, split.supervised, strict=True) if tokens == 0]
+    shortened = [n for n, length, tokens in zip(split.numbers, split.lengths, split.supervised, strict=True)
+                 if length > max_length and tokens]
+    assert left_out == [n for n, one in zip(numbers, one_by_one, strict=True) if one is None]
+    assert shortened == [n for n, one in zip(numbers, one_by_one, strict=True) if one and one.dropped_turns]
+    try:
+        features, counts = task.encode(rows, "train", "stop", True)
+    except UserError as error:
+        assert left_out == numbers and [f.code for f in findings] == ["stops"] and str(error) in findings[0].sentence
+        return
+    assert findings == []
+    assert [f for f in encoded.features if f] == list(features) and sum(split.supervised) == counts["supervised"]
+    assert (len(shortened), [n - 9 for n in left_out]) == (counts["shortened"], counts["left_out"])
+
+
+def test_dev_rows_are_those_that_training_holds_out(doctor, write_jsonl, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(30)]
+    one, two = write_jsonl(rows[:10], "one.jsonl"), write_jsonl(rows[10:], "two.jsonl")
+    options = script.parse(["--data", str(one), str(two), "--dev_fraction", "0.3", "--seed", "7"])
+    sources = [{"train": script.read(path, data.check_dialogue, None, {})} for path in (one, two)]
+    script.hold_out(sources, options)
+    held_out = data.load([str(one), str(two)], data.check_dialogue, 0.3, 7)
+    for split in ("train", "dev"):
+        part = script.joined([source[split] for source in sources])
+        assert part.rows == held_out[split].rows
+        assert part.numbers == [f"{one}:{i + 1}" if (i := rows.index(row)) < 10 else f"{two}:{i - 9}" for row in part.rows]
+
+
+def test_only_the_tokenizer_is_needed(doctor, tiny, write_jsonl, tmp_path):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert doctor("--data", write_jsonl(DIALOGUES), "--model", folder)[0] == 0
+    with pytest.raises(UserError, match="no .safetensors weights"):
+        models.resolve(str(folder))
+
+
+def test_a_model_of_the_hub_that_is_out_of_reach(doctor, write_jsonl):
+    status, out = doctor("--data", write_jsonl(DIALOGUES), "--model", "some/model")
+    assert status == 2
+    assert re.fullmatch(r"error: --model some/model is not in the cache and the Hugging Face Hub can't be reached .*\n", out)
+
+
+def test_a_model_that_cannot_do_the_task(doctor, tiny, write_jsonl):
+    status, out = doctor("--data", write_jsonl(DIALOGUES), "--model", tiny("bert"))
+    assert status == 2 and re.fullmatch(r"error: --task chat: \S+ is an encoder .*\n", out)
+
+
+def test_a_template_that_refuses_some_dialogues(doctor, tiny, write_jsonl, tmp_path):
+    folder, tokenizer = shutil.copytree(tiny("llama"), tmp_path / "strict"), tiny_tokenizer("chatml")
+    tokenizer.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('No system turns') }}{% endif %}"
+                               + tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    path = write_jsonl([*DIALOGUES[1:], "", DIALOGUES[0]])
+    status, out = doctor("--data", path, "--model", folder, "--dev_fraction", 0.1, "--seed", 3)
+    assert status == 2 and re.search(r"^(train|dev), row 5: .*No system turns", out, re.M)
+    assert re.search(r"^error: 1 of \d dialogues in (train|dev) can't be trained on .*\(row 5\).*\[refused-row\]$", out, re.M)
+
+
+def test_labels_that_train_does_not_have(doctor, write_jsonl, tmp_path):
+    write_jsonl(LABELS, "mine/train.jsonl")
+    write_jsonl(["", *LABELS[:3], {"text": "New?", "label": "oos"}], "mine/dev.jsonl")
+    status, out = doctor("--data", tmp_path / "mine", "--task", "classify")
+    assert status == 2 and "\ndev, row 5: label 'oos' does not occur in the train rows\n" in out
+    write_jsonl([*LABELS, {"text": "Sing!", "label": "oos"}], "mine/train.jsonl")
+    status, out = doctor("--data", tmp_path / "mine", "--task", "classify", "--oos_label", "oos")
+    assert "[refused-row]" not in out and "[rare-label]" not in out and "[unseen-label]" not in out
+    assert "train: 1 out-of-scope rows are not trained on\n" in out and "\ntrain: 18 rows, " in out and "\ndev: 4 rows, " in out
+
+
+def test_one_label_stops(doctor, write_jsonl, tmp_path):
+    path = write_jsonl([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}, "{}"])
+    status, out = doctor("--data", path, "--task", "classify", "--json", tmp_path / "found.json")
+    assert status == 2 and re.search(r"^error: the training would stop: the train rows hold one label .*\[stops\]$", out, re.M)
+    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["findings"][1]["code"] == "stops"
+
+
+def test_turns_with_a_label(doctor, write_jsonl):
+    rows = [{"messages": [{"role": "user", "content": f"{text} {i}", "intent": label}, {"role": "assistant", "content": "Yes."},
+                          {"role": "user", "content": "Thanks!", "intent": "thank"}, {"role": "assistant", "content": "Bye."}]}
+            for i in range(5) for text, label in (("Where is it?", "status"), ("Are you open?", "hours"))]
+    status, out = doctor("--data", write_jsonl(rows), "--task", "classify", "--label", "intent", "--dev_fraction", 0.1)
+    assert "\ntrain: 18 labelled turns in 9 rows, " in out and "\ndev: 2 labelled turns in 1 rows, " in out
+    assert "[duplicate]" not in out and "[conflict]" not in out and "leak-exact" not in out, "dialogues are compared, not their turns"
+
+
+def test_only_the_column_to_predict_is_judged(doctor, write_jsonl):
+    rows = [{**row, "tags": f"only here {i}", "label": "abc"[i % 3]} for i, row in enumerate(LABELS * 2)]
+    out = doctor("--data", write_jsonl(rows), "--task", "classify")[1]
+    assert "\n  tags: " in out and "values of tags" not in out and "[conflict]" not in out
+    rows[0]["label"] = "b"
+    assert "[conflict]" in doctor("--data", write_jsonl(rows), "--task", "classify", "--dev_fraction", 0.02)[1]
+    assert "values of label" in doctor("--data", write_jsonl([*rows, {"text": "Hm", "label": "d"}]), "--task", "classify")[1]
+
+
+def test_special_and_unknown_tokens(doctor, write_jsonl):
+    path = write_jsonl([*DIALOGUES[1:], {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "Hm."}]}])
+    status, out = doctor("--data", path)
+    assert re.search(r"^warning: 1 rows in \w+ hold a special token of the model in their text \(<\|im_end\|>\) \(row 4\)", out, re.M)
+    rows = [{**row, "text": row["text"] + " 龘龘龘龘"} for row in LABELS]
+    assert "[unknown-token]" in doctor("--data", write_jsonl(rows), "--task", "classify")[1]
+    clean = [{"text": "is my order", "label": "a"}, {"text": "my order is", "label": "b"}] * 6
+    assert "[unknown-token]" not in doctor("--data", write_jsonl(clean), "--task", "classify")[1]
+
+
+def test_a_leak_and_a_copy(doctor, write_jsonl, tmp_path):
+    write_jsonl([*DIALOGUES, DIALOGUES[1]], "mine/train.jsonl")
+    write_jsonl(DIALOGUES[2:3], "mine/dev.jsonl")
+    status, out = doctor("--data", tmp_path / "mine")
+    assert status == 2 and "between splits: 1 rows stand word for word in an earlier one\n" in out
+    assert "row 1 of dev and row 3 of train (row 1); take these rows out of one of the two splits [leak-exact]\n" in out
+    assert re.search(r"^warning: 1 of 5 rows in train repeat an earlier row word for word \(row 5\)", out, re.M)
+
+
+# What is shown
+
+
+def test_show_marks_what_is_trained_on(doctor, write_jsonl):
+    path = write_jsonl(DIALOGUES)
+    plain = doctor("--data", path, "--show", 4)[1]
+    assert re.search(r"\n--- \w+, row 2 \(\d+ tokens\) ---\n<\|im_start\|>user\n我想退货。<\|im_end\|>\n<\|im_start\|>assistant\n"
+                     r"⟦好的，请告诉我订单号。<\|im_end\|>⟧\n", plain) and "\033" not in plain
+    coloured = doctor("--data", path, "--show", 4, "--color", "always")[1]
+    assert "\033[32m好的，请告诉我订单号。<|im_end|>\033[0m" in coloured and "⟦" not in coloured
+    assert re.search(r"row 1 \(76 tokens, shortened to \d+\)", doctor("--data", path, "--show", 4, "--max_length", 60)[1])
+    assert "row 1 (76 tokens: left out)" in doctor("--data", path, "--show", 4, "--max_length", 30)[1]
+
+
+@pytest.mark.parametrize("task, shown", [
+    ("classify", r"\[CLS\] where is my order\? \[SEP\]\n-> ⟦\"order\"⟧"),
+    ("tag", r"\[CLS\].*\[SEP\]\n-> day: Friday"),
+    ("translate", r"Where is my order\? </s>\n-> ⟦我的订单在哪里？</s>⟧"),
+])
+def test_show_of_the_other_tasks(task, shown, doctor, write_jsonl):
+    out = doctor("--data", write_jsonl(ROWS[task][1]), "--task", task, "--show", 99)[1]
+    assert re.search(shown, out)
+    assert task != "tag" or re.search(r"\[CLS\]⟦.*⟧", out)
+
+
+def test_the_histogram_fits_a_narrow_terminal(doctor, write_jsonl):
+    out = doctor("--data", write_jsonl(DIALOGUES * 30))[1]
+    bars = [line for line in out.splitlines() if "█" in line]
+    assert bars and max(map(len, bars)) <= 80
+
+
+# The copy without personal data
+
+PERSONAL = [
+    {"id": "a", "messages": [{"role": "user", "content": "我是jo@example.com，手机13812345678"},
+                             {"role": "assistant", "content": "收到，稍后打138 1234 5678", "train": False},
+                             {"role": "user", "content": "也可以打13912345678"}, {"role": "assistant", "content": "好的"}]},
+    {"messages": [{"role": "user", "content": "Mail al@example.com"}, {"role": "assistant", "content": "Done."}],
+     "contact": "al@example.com"},
+]
+
+
+def test_the_copy_of_a_file(doctor, write_jsonl, tmp_path):
+    path = write_jsonl([*PERSONAL, "{}"])
+    before, out = path.read_bytes(), tmp_path / "new" / "copy.jsonl"
+    status, printed = doctor("--data", path, "--mask_pii", out, "--on_bad_row", "skip")
+    assert status == 0 and path.read_bytes() == before and [entry.name for entry in out.parent.iterdir()] == ["copy.jsonl"]
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [m["content"] for m in rows[0]["messages"]] == [
+        "我是[EMAIL_1]，手机[PHONE_1]", "收到，稍后打[PHONE_1]", "也可以打[PHONE_2]", "好的"]
+    assert rows[0]["id"] == "a" and rows[0]["messages"][1]["train"] is False and rows[1]["messages"][0]["content"] == "Mail [EMAIL_1]"
+    assert "2 rows; 2 e-mail addresses, 3 telephone numbers masked\n  1 refused rows are not in it\n" in printed
+    assert '"contact" is copied as it is, although 1 rows hold personal data in it' in printed
+    assert data.read(out, data.check_dialogue).rows == rows
+    assert "personal data: none found" in doctor("--data", out)[1]
+
+
+def test_the_copy_of_a_folder(doctor, write_jsonl, tmp_path):
+    write_jsonl(PERSONAL * 2, "shop/train.jsonl")
+    (tmp_path / "shop/test.csv").write_text("question,answer\nMail jo@example.com?,Yes\n", encoding="utf-8")
+    status, _ = doctor("--data", tmp_path / "shop", "--mask_pii", tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["test.jsonl", "train.jsonl"]
+    [row] = data.read(tmp_path / "copy/test.jsonl", data.check_dialogue).rows
+    assert row["messages"][0]["content"] == "Mail [EMAIL_1]?"
+    assert len(data.read(tmp_path / "copy/train.jsonl", data.check_dialogue).rows) == 4, "held-out rows are train rows in the copy"
+
+
+def test_numbers_that_are_spread_over_tokens_are_told(doctor, write_jsonl, tmp_path):
+    rows = [*TAGS[:3], {"tokens": ["call", "650", "-", "253", "-", "0000"], "tags": ["O"] * 6},
+            {"tokens": ["mail", "jo@example.com"], "tags": ["O", "B-mail"]}]
+    found = doctor("--data", write_jsonl(rows), "--task", "tag", "--mask_pii", tmp_path / "copy.jsonl", "--dev_fraction", 0.1)[1]
+    assert "1 e-mail addresses masked\n" in found and "  1 rows still hold some, spread over several tokens: train 4\n" in found
+    copy = data.read(tmp_path / "copy.jsonl", data.check_tag).rows
+    assert copy[4] == {"tokens": ["mail", "[EMAIL_1]"], "tags": ["O", "B-mail"]} and copy[:4] == rows[:4]
+
+
+def test_nothing_is_overwritten(doctor, write_jsonl, tmp_path):
+    path = write_jsonl(PERSONAL)
+    (tmp_path / "there.jsonl").write_text("mine", encoding="utf-8")
+    status, out = doctor("--data", path, "--mask_pii", tmp_path / "there.jsonl")
+    assert status == 2 and "exists already" in out and (tmp_path / "there.jsonl").read_text(encoding="utf-8") == "mine"
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    status, out = doctor("--data", path, "--mask_pii", tmp_path / "file/copy.jsonl")
+    assert status == 2 and "can't be written" in out
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "there.jsonl", "train.jsonl"]
+
+
+# Flags
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
+    (["--label", "intent"], "--label is for --task classify; this is --task chat"),
+    (["--threshold", "0"], "--threshold 0: use a number from 0.1 to 1"),
+    (["--dev_fraction", "1"], "--dev_fraction 1.0 is no share"),
+    (["--json", "no/such/folder/x.json"], "name a file in a folder that exists"),
+    (["--data", "a", "b", "--mask_pii", "x"], "--mask_pii copies one source"),
+    (["--data", str(ROOT / "data/customer_service/dev.jsonl"), "--mask_pii", "x.csv"], "name a .jsonl file"),
+    (["--columns", "a"], "write NEW=OLD"),
+    (["--shw", "3"], "--help lists the flags"),
+    (["--max_length", "4000"], "exceeds the 256 tokens"),
+])
+def test_flags_that_cannot_be_obeyed(words, complaint, doctor):
+    status, out = doctor(*words)
+    assert status == 2 and complaint in out and "Traceback" not in out
+
+
+# Before every training
+
+
+def test_every_training_begins_with_the_short_form(tiny, write_jsonl, capsys):
+    path = write_jsonl([*PERSONAL, *DIALOGUES, *DIALOGUES])
+    told = loaded({"data": [str(path)]}, tiny("llama"), dev_fraction=0.5).report["doctor"]
+    assert told["leaks"] + told["duplicates"] == 4 and told["leaks"] > 0, "each dialogue of DIALOGUES stands there twice"
+    assert sum(split["rows"].get("EMAIL", 0) for split in told["personal_data"].values()) == 2
+    printed = capsys.readouterr().out
+    assert f"doctor:\n  {told['sentences'][0]}\n" in printed and printed.endswith(f"  details: {told['details']}\n")
+    assert loaded({"data": [str(write_jsonl(DIALOGUES[1:], 'good.jsonl'))]}, tiny("llama")).report["doctor"]["sentences"] == []
+    assert "doctor:" not in capsys.readouterr().out
+
+
+def test_its_command_asks_the_same_of_the_same_rows(tiny, write_jsonl):
+    flags = {"data": [f"{write_jsonl(LABELS)}:0.5", f"{write_jsonl(LABELS, 'b c.jsonl')}:2"], "task": "classify", "oos_label": "hours",
+             "dev_fraction": 0.3, "max_length": 32}
+    task = loaded(flags, tiny("bert"), context_turns=2)
+    assert task.report["doctor"]["duplicates"] is None, "weights repeat rows"
+    words = shlex.split(task.report["doctor"]["details"])
+    assert words[:2] == ["python", "scripts/doctor.py"]
+    options = script.parse(words[2:])
+    assert {name: getattr(options.shared, name) for name in (*flags, "context_turns", "model")} == flags | {
+        "context_turns": 2, "model": str(tiny("bert"))}
+    shared = args.SharedArguments(data=["x"], multi_label=True, task="classify")
+    options = script.parse(shlex.split(tasks.doctor_command(shared, 7))[2:])
+    assert isinstance(options, argparse.Namespace) and options.shared.multi_label and options.seed == 7

@@ -1,0 +1,283 @@
+"""The reports: every section, in both languages, nothing from the network, all text as text, nothing that overflows."""
+
+import copy
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from conftest import DIALOGUES, ROOT
+from test_cli import call, refused
+from test_methods import run_recipe
+from test_scripts import check_page
+
+from recipes.common import models, plots, report, runs
+from recipes.common.wording import LANGUAGES, ZH, name_in, wording
+
+HOSTILE = '<script>alert("&amp;")</script>'
+LONG = "W" * 300
+HAN = re.compile("[\u4e00-\u9fff]")
+TEMPLATES = sorted((ROOT / "recipes/common").glob("*.html.jinja"))
+RUN_SECTIONS = ("results", "training", "scores", "answers", "data", "configuration", "machine", "repeat")
+COMPARISON_SECTIONS = ("advice", "scores", "costs", "learning", "answers", "data", "runs", "machine", "repeat")
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A finished and scored run, with markup and a word without end in its data."""
+    folder = tmp_path_factory.mktemp("reported")
+    hostile = {"messages": [{"role": "user", "content": HOSTILE, "intent": HOSTILE},
+                            {"role": "assistant", "content": f"No {LONG[:40]} {HOSTILE}"}]}
+    for split, rows in (("train", [*DIALOGUES, hostile]), ("dev", DIALOGUES), ("test", [hostile, *DIALOGUES])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    run_recipe("lora", tiny("llama"), folder, folder / "run", "--max_steps", "4", "--logging_steps", "1", "--learning_rate", "0.05")
+    assert call("scripts/evaluate.py", "--run", folder / "run", "--base", "--max_new_tokens", "8").code == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def record(run):
+    """run.json with what only some runs have: labels that are confused, findings on the data, old rows."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["evaluation"]["test"] |= {
+        "confusion_matrix": {"labels": ["a", HOSTILE], "matrix": [[3, 1], [0, 2]]},
+        "report": {HOSTILE: {"precision": 0.5, "recall": 1.0, "f1-score": 0.67, "support": 2}, "accuracy": 0.8}}
+    record["data"]["doctor"] = {"sentences": [f"2 rows are copies {HOSTILE}"], "details": "python scripts/doctor.py"}
+    record["forgetting"] = {"before": {"loss": 3.0}, "after": {"loss": "nan"}}
+    record["lineage"] = [{"run": LONG, "recipe": "full", "steps": 7}]
+    return record
+
+
+def system(name: str, base: bool = False) -> dict:
+    score = {"mean": 3.2, "low": 3.0, "high": 3.5, "deviation": None, "seeds": [3.2], "against_base": None,
+             "against_best": None if name == "lora" else {"difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.03, "p_holm": 0.06}}
+    one = {"name": f"{name}-seed42", "status": "done", "error": None, "dev": {"dev_loss": 3.1}, "seconds": 12.5, "steps": 10}
+    costs = {"trainable_parameters": 1000, "total_parameters": 9000, "seconds": 12.5, "tokens_per_second": 800, "peak_memory_mb": 700,
+             "disk_mb": 1.5, "latency": 0.2}
+    return {"name": name, "recipe": name, "base": base, "settings": {"rank": 8}, "status": "done", "runs": [] if base else [one],
+            "scores": {"loss": score} | ({} if base else {"bleu": {**score, "mean": "nan"}}), "costs": {"latency": 0.3} if base else costs}
+
+
+@pytest.fixture(scope="module")
+def comparison(record):
+    """compare.json as scripts/compare.py describes it: two recipes, the untuned model, and one that failed."""
+    broken = {"name": "prefix-seed42", "status": "failed", "error": HOSTILE, "dev": None, "seconds": None, "steps": None}
+    failed = system("prefix") | {"status": "failed", "scores": None, "costs": {}, "runs": [broken]}
+    points = [{"rows": n, "value": 4 - n / 100, "low": 3.8 - n / 100, "high": 4.2 - n / 100} for n in (25, 50, 100)]
+    return {
+        **{key: record[key] for key in ("finished", "model", "hardware", "versions", "command", "task")},
+        "data": record["data"]["splits"], "split": "test", "source": "test.jsonl", "items": 5, "unit": "dialogues", "seeds": [42],
+        "budget": "steps:10", "flags": [], "main_metric": "loss", "best": {"loss": "lora", "bleu": None},
+        "metrics": {"loss": {"title": "loss", "unit": "nats", "higher_is_better": False, "digits": 3},
+                    "bleu": {"title": "BLEU", "unit": "0-100", "higher_is_better": True, "digits": 2}},
+        "systems": [system("lora"), system("full"), system("tiny (untuned)", base=True), failed],
+        "grid": [{"system": "lora", "by": "grid", "metric": "loss", "points": [{"settings": {"rank": 4}, "value": None, "chosen": True}]}],
+        "learning_curves": [{"system": "lora", "metric": "loss", "points": points, "fit": None, "sentence": "twice the rows help",
+                             "extrapolation": [{"factor": 2, "rows": 200, "value": 2.5, "low": 2.2, "high": "nan"}]}],
+        "samples": [{"context": [["system", "s"], ["user", HOSTILE]], "reference": ["好的", "行"], "answers": {"lora": LONG, "full": ""}}],
+        "advice": ["take lora", "warning: 5 held-out dialogues are few"], "notes": []}
+
+
+class Page(HTMLParser):
+    """What a page holds: ids of its elements, tags, text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.ids, self.tags, self.open, self.text = [], [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for key, value in attributes if key == "id"]
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check(page: str, sections) -> list[str]:
+    """What is wrong with the page of a report."""
+    read = Page(page)
+    wrong = [f"no section {section}" for section in sections if section not in read.ids]
+    wrong += [f"no link to {section}" for section in sections if f'href="#{section}"' not in page]
+    wrong += [f"a tag {tag}" for tag in ("script", "link", "img", "iframe") if tag in read.tags]
+    wrong += [f"{tag} left open" for tag in read.open]
+    wrong += check_page(page)
+    return wrong + ([] if "<script>alert" in read.text else ["the hostile row is not shown as text"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_report_of_a_run_has_every_section(language, record):
+    page = report.render(record, language)
+    assert check(page, RUN_SECTIONS) == []
+    assert page.count("<svg") >= 3 + 5 + 1  # curves, scores with intervals, the matrix
+    text = Page(page).text
+    for fact in (record["command"], record["data"]["splits"]["train"]["sha256"][:12], "peft", "ROUGE-L", "2 rows are copies"):
+        assert fact in text
+    headings = re.findall(r"<h[23][^>]*>(.*?)</h", page)
+    assert all(bool(HAN.search(heading)) == (language == "zh") for heading in headings) and len(headings) > 12
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_report_of_a_comparison_has_every_section(language, comparison):
+    page = report.render_comparison(comparison, language)
+    assert check(page, COMPARISON_SECTIONS) == []
+    assert page.count("<svg") == 1 + 5 + 1  # a score (the other is NaN), five costs, a curve
+    headings = re.findall(r"<h[23][^>]*>(.*?)</h", page)
+    assert all(bool(HAN.search(heading)) == (language == "zh") for heading in headings)
+    assert "take lora" in page and "0.060" in page and "prefix-seed42" in page
+
+
+def test_a_comparison_in_which_all_failed_has_a_report(comparison):
+    nothing = {"metrics": {}, "best": {}, "systems": comparison["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
+               "model": {"requested": "gpt2", "used": None}, "hardware": None, "versions": None, "data": {}}
+    page = report.render_comparison(comparison | nothing)
+    assert check(page, COMPARISON_SECTIONS) == [] and "<svg" not in page and "used in its place" not in page
+
+
+def test_a_broken_page_is_found(record):
+    page = report.render(record)
+    assert check(page.replace('id="answers"', ""), RUN_SECTIONS) == ["no section answers"]
+    assert check(page.replace("<nav", "<script>1</script><nav"), RUN_SECTIONS)
+    assert check(page.replace("<nav", '<img src="https://example.org/x.png"><nav'), RUN_SECTIONS)
+    assert check(page.replace("&lt;script&gt;alert", "gone"), RUN_SECTIONS) == ["the hostile row is not shown as text"]
+
+
+def test_a_run_without_evaluation_and_one_that_diverged_have_reports(record):
+    bare = copy.deepcopy(record)
+    for key in ("evaluation", "forgetting", "lineage"):
+        del bare[key]
+    del bare["data"]["doctor"]
+    bare["metrics"]["dev_loss"] = "nan"
+    bare["history"] = [{"step": 1, "loss": "inf"}]
+    page = report.render(bare)
+    assert all(f'id="{section}"' in page for section in RUN_SECTIONS) and "scripts/evaluate.py --run DIR --base" in page
+    assert "<svg" not in page
+
+
+# Words
+
+
+def said() -> set[str]:
+    """Every sentence that the templates and report.py say."""
+    texts = [path.read_text(encoding="utf-8") for path in (*TEMPLATES, ROOT / "recipes/common/report.py")]
+    return {sentence for text in texts for sentence in re.findall(r'\bt\("([^"]+)"', text)}
+
+
+def test_every_sentence_is_there_in_both_languages():
+    assert said() - ZH.keys() == set()
+    names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
+             "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy", "macro F1", "micro F1",
+             "kept", "OOS recall"}  # of what records hold
+    assert ZH.keys() - said() == names
+    assert [english for english, chinese in ZH.items() if not HAN.search(chinese)] == []
+    for english, chinese in ZH.items():
+        assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", chinese)), english
+        assert not HAN.search(english)
+
+
+def test_no_words_stand_in_the_templates():
+    """Text between tags comes from t(), or could not be told in Chinese."""
+    for path in TEMPLATES:
+        text = re.sub(r"<style>.*?</style>|{[{%].*?[%}]}|<[^>]*>", " ", path.read_text(encoding="utf-8"), flags=re.S)
+        assert re.findall(r"[A-Za-z]{3,}", text.replace("SHA", "")) == [], path.name
+
+
+def test_a_missing_sentence_is_found():
+    with pytest.raises(KeyError):
+        wording("zh")("Nobody translated this")
+    assert wording("en")("Nobody translated this") == "Nobody translated this"
+    assert [name_in("zh")(name) for name in ("reply_length", "BLEU")] == ["回复长度", "BLEU"]
+    assert name_in("en")("reply_length") == "reply length"
+
+
+# Differences
+
+
+@pytest.mark.parametrize(("reference", "answer", "marked"), [
+    ("It arrives on Friday.", "It arrives on Monday.", ["Monday"]),
+    ("It arrives on Friday.", "It arrives on Friday.", []),
+    ("好的，请告诉我订单号。", "好的，请说订单号。", ["说"]),
+    ("好的", "", []),
+    ("Yes", "No, never", ["No, never"]),
+    ("您的订单 MW204518 已发货", "您的订单 MW204519 已发货", ["MW204519 "]),
+])
+def test_what_differs_is_marked_by_word_or_character(reference, answer, marked):
+    pieces = report.differences(reference, answer)
+    assert "".join(text for text, _ in pieces) == answer
+    assert [text for text, same in pieces if not same] == marked
+
+
+def test_a_name_that_is_a_path_is_shortened():
+    assert plots.short("/models/tiny/llama (untuned)") == "llama (untuned)" and len(plots.short("x" * 99)) == 28
+
+
+# scripts/report.py
+
+
+def test_the_report_is_written_again_in_chinese_and_stays_so(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    result = call("scripts/report.py", "--run", folder, "--language", "zh")
+    assert result.code == 0 and "report.html" in result.out, result.err
+    assert '<html lang="zh-CN">' in (folder / "report.html").read_text(encoding="utf-8")
+    runs.write(folder, models.read_record(folder))  # as a later evaluation does
+    assert '<html lang="zh-CN">' in (folder / "report.html").read_text(encoding="utf-8")
+    assert call("scripts/report.py", "--run", folder, "--language", "en").code == 0
+    assert '<html lang="en">' in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_is_recognised(comparison, tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(comparison), encoding="utf-8")
+    assert call("scripts/report.py", "--run", tmp_path).code == 0
+    assert 'id="costs"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "compare.json").write_text("{", encoding="utf-8")
+    refused(call("scripts/report.py", "--run", tmp_path), "compare.json is damaged")
+    refused(call("scripts/report.py", "--run", tmp_path / "absent"), "absent")
+    refused(call("scripts/report.py", "--run", tmp_path, "--language", "fr"), "--language")
+
+
+# In a browser
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def overflow(pages: list[tuple[str, int]], folder) -> list[str]:
+    """What a browser says of each of `pages` in a window of so many pixels: "ok", or which elements stand out of it."""
+    measure = """
+        const page = this.contentDocument, width = parseInt(this.style.width), wide = [];
+        for (const e of page.querySelectorAll("body *")) {
+          if (e.closest(".scroll") && !e.classList.contains("scroll") || e.closest("svg") && e.tagName != "svg") continue;
+          const right = e.getBoundingClientRect().right;
+          if (right > width + 1) wide.push(e.tagName + "." + e.className + ":" + Math.round(right));
+        }
+        if (page.documentElement.scrollWidth > width) wide.push("page:" + page.documentElement.scrollWidth);
+        this.title = wide.slice(0, 5).join(" ") || "ok";
+    """
+    frames = [f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page, quote=True)}" '
+              f'onload="{html.escape(measure, quote=True)}"></iframe>' for page, width in pages]
+    (folder / "frames.html").write_text("<!doctype html>" + "".join(frames), encoding="utf-8")
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}",
+                           "--window-size=1400,1000", "--dump-dom", (folder / "frames.html").as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    found = re.findall(r'<iframe [^>]*title="([^"]*)"', done.stdout)
+    assert len(found) == len(pages), done.stderr[-2000:]
+    return found
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_nothing_overflows_in_a_browser(record, comparison, tmp_path):
+    wide, narrow, compared = report.render(record), report.render(record, "zh"), report.render_comparison(comparison)
+    broken = narrow.replace("<h1>", '<h1 style="width: 500px">')
+    *good, bad = overflow([(wide, 1280), (narrow, 390), (compared, 1280), (compared, 390), (broken, 390)], tmp_path)
+    assert good == ["ok"] * 4
+    assert bad.startswith("H1.:") and "page:" in bad
