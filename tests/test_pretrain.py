@@ -145,7 +145,7 @@ def test_dev_loss_perplexity_and_bits_per_byte_are_those_of_the_whole_text(tiny)
 
 def words_of(folder, text):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    [encoding] = pretrain._tokenized([text], "x", tokenizer)
+    [encoding] = pretrain._tokenized([text], tokenizer)
     words = pretrain.whole_words(*encoding)
     return ["".join(tokenizer.convert_ids_to_tokens([token for token, _ in word])) if tokenizer.mask_token else
             tokenizer.decode([token for token, _ in word]).strip() for word in words]

@@ -7,13 +7,15 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
-from conftest import DIALOGUES, tiny_config, tiny_tokenizer
+from conftest import DIALOGUES, ROOT, tiny_config, tiny_tokenizer
 from datasets import IterableDataset
+from test_cli import shell
 from test_methods import run_recipe
 from test_resume import Interrupted, Killed, curve, same, trained
 from tokenizers.models import WordPiece
@@ -420,6 +422,29 @@ def test_dev_rows_of_a_stream_come_from_the_dev_file_where_there_is_one(folder, 
     pairs = load(tiny, "t5", "--task", "translate", "--data", "pairs.jsonl", "--streaming", "--max_steps", "3", "--max_eval_samples", "4")
     assert len(pairs.dev) == 4 and next(iter(pairs.train))["input_ids"]
     assert runs.steps(0, SimpleNamespace(max_steps=3)) == 3
+
+
+def in_two_processes(tiny, path, out, *flags):
+    """run.json of a run of a real group of two."""
+    result = shell(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", ROOT / "recipes/lora.py",
+                   "--model", tiny("gpt2"), "--data", path, "--output_dir", out, "--max_length", "160", "--use_cpu", "--bf16", "False",
+                   "--report_to", "none", "--target_modules", "c_attn,c_proj", *flags, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert result.code == 0, result.err[-3000:]
+    return json.loads((out / "run.json").read_text(encoding="utf-8")), result.out
+
+
+def test_two_processes_share_a_stream_and_go_on_with_it(long, tiny, tmp_path):
+    """Rows of one and the same batch, so that each process's part of every step shows in the loss: a run that ends at step 6 and goes on
+    to 12 equals one that does not end, and no step has a row twice, as it would if both processes read the same."""
+    flags = (*STEPS, "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--allow_changed", "max_steps")
+    through, told = in_two_processes(tiny, long, tmp_path / "through", *flags)
+    assert told.count("streamed, shuffled among 4 rows at a time; the counts are those of the first of 2 processes") == 1
+    in_two_processes(tiny, long, tmp_path / "run", *flags, "--max_steps", "6")
+    resumed, _ = in_two_processes(tiny, long, tmp_path / "run", *flags, "--resume_from_checkpoint")
+    losses = [[entry["loss"] for entry in record["history"] if "loss" in entry] for record in (through, resumed)]
+    assert len(losses[0]) == 12 and losses[0] == losses[1]
+    assert through["metrics"]["dev_loss"] == resumed["metrics"]["dev_loss"]
+    assert through["data"]["splits"]["train"]["kept"] == 24 and through["world_size"] == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- templates

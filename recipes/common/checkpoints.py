@@ -29,8 +29,8 @@ FREE = {"data", "fallback_model", "allow_changed", "repeats", "on_nan", "data_ti
         "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "include_num_input_tokens_seen", "debug",
         "do_train", "do_eval", "do_predict", "skip_memory_metrics", "torch_empty_cache_steps", "ddp_timeout", "local_rank",
         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-        "preprocessing_num_workers", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
-        "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
+        "preprocessing_num_workers", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
+        "hub_revision", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
 
 
 def step_of(folder: Path) -> int:

@@ -1,12 +1,13 @@
 """Rows -> features on disk: chunk by chunk, by several processes, in the order of the rows and with exact counts."""
 
 import gc
+import itertools
 import os
 import secrets
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -75,10 +76,19 @@ def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str
                 if chunk.features is not None:
                     yield chunk.features
 
-    table = disk.spill(batches())
+    return Encoded(_on_disk(batches()), counts, left_out, refused)
+
+
+def dataset(features: Iterable[dict]) -> Dataset | None:
+    """Features as a dataset on disk, with some of them in memory at a time; None if there are none."""
+    features = iter(features)
+    return _on_disk(map(_batch, iter(lambda: list(itertools.islice(features, disk.CHUNK)), [])))
+
+
+def _on_disk(batches: Iterable[pa.RecordBatch]) -> Dataset | None:
+    table = disk.spill(batches)
     # A fingerprint of its own spares `datasets` one of all bytes.
-    features = None if table is None else Dataset(InMemoryTable(table), fingerprint=secrets.token_hex(8))
-    return Encoded(features, counts, left_out, refused)
+    return None if table is None else Dataset(InMemoryTable(table), fingerprint=secrets.token_hex(8))
 
 
 def _each(chunks: Iterator[tuple[int, list[dict]]], one: One, processes: int) -> Iterator[_Chunk]:
@@ -118,8 +128,11 @@ def _encode(chunk: tuple[int, list[dict]], one: One) -> _Chunk:
             left_out.append(number)
         else:
             features.append(feature)
-    batch = pa.RecordBatch.from_pylist(features, pa.schema([(k, _type(v)) for k, v in features[0].items()])) if features else None
-    return _Chunk(len(rows), batch, counts, left_out, refused)
+    return _Chunk(len(rows), _batch(features) if features else None, counts, left_out, refused)
+
+
+def _batch(features: list[dict]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(features, pa.schema([(name, _type(value)) for name, value in features[0].items()]))
 
 
 def _type(value) -> pa.DataType:
