@@ -138,7 +138,7 @@ def run(options) -> dict:
     shared = args.SharedArguments(task=options.task, max_length=1024)
     kind = tasks.module(options.task)
     source = models.resolve(options.model)
-    rows = [] if length else data.read(Path(options.data), kind.check(shared)).rows
+    rows = [] if length else list(data.read(Path(options.data), kind.check(shared)).rows)
     task = kind.make(shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
     if length:
         shape = size and SIZES[size]

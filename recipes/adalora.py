@@ -48,7 +48,7 @@ def adapt(model, task, method, training):
 
     from recipes.common import models, rank_allocation, runs
 
-    steps = runs.steps(len(task.train), training, task.steps)
+    steps = training.max_steps if training.max_steps > 0 else runs.steps(len(task.train), training, task.steps)
     first, last = int(method.first_share * steps), max(1, round(method.last_share * steps))
     if steps - last - max(first, 1) < 1:  # the first cut needs the importance of at least one step before it
         raise UserError(f"{steps} steps are too few to cut ranks in: raise --num_train_epochs or --max_steps")

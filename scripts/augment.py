@@ -78,7 +78,7 @@ def main():
             print(f"{method}, copy {copy}: {len(copies) - before} rows added")
     for (method, reason), count in sorted(dropped.items()):
         print(f"{method}: {count} copies dropped: {reason}")
-    write(Path(options.out), rows.rows + copies)
+    write(Path(options.out), [*rows.rows, *copies])
     print(f"wrote {options.out}: {len(rows.rows)} rows and {len(copies)} copies")
 
 

@@ -208,10 +208,12 @@ def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
         sources = [data.find(source.name) for source in data.sources(given)]
         split = options.split or ("test" if any("test" in files for files in sources) else "dev")
         label = prefix + split
+        drawn = split != "test" and any("dev" not in files for files in sources)  # held out at training time: the same draw again
+        if drawn and not options.data and shared.streaming:
+            raise UserError(f"{named} was streamed, so the rows held out can't be told from the others: give rows with --data FILE")
         found = data.load_split(given, split, check, shared.dev_fraction, training["seed"], *how)
         if found is None:
             raise UserError(f"{named} has no test file: use --split dev, or --data FILE")
-        drawn = split != "test" and any("dev" not in files for files in sources)  # held out at training time: the same draw again
         if drawn and not options.data and found.sha256 != record["data"]["splits"][split]["sha256"]:
             raise UserError(f"{named} has changed since the training, so the rows held out then can't be told from the others: "
                             "give rows that the run has not seen with --data FILE")

@@ -2,11 +2,14 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+CACHE = tempfile.TemporaryDirectory()  # of rows and features; gone when the tests end
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +53,8 @@ def doctor(tiny, capsys):
 def loaded(flags: dict, model, **others) -> tasks.Task:
     """The task as a training loads it."""
     shared = args.SharedArguments(**flags, model=str(model), **others)
-    return tasks.load(shared, args.Method(), SimpleNamespace(seed=args.SEED, process_index=0))
+    return tasks.load(shared, args.Method(), SimpleNamespace(
+        seed=args.SEED, process_index=0, main_process_first=lambda desc: nullcontext()))
 
 
 # What is read

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,7 +145,7 @@ def test_dev_loss_perplexity_and_bits_per_byte_are_those_of_the_whole_text(tiny)
 
 def words_of(folder, text):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    [encoding] = pretrain._tokenized([text], "x", tokenizer)
+    [encoding] = pretrain._tokenized([text], tokenizer)
     words = pretrain.whole_words(*encoding)
     return ["".join(tokenizer.convert_ids_to_tokens([token for token, _ in word])) if tokenizer.mask_token else
             tokenizer.decode([token for token, _ in word]).strip() for word in words]
@@ -472,10 +471,9 @@ def test_the_weights_are_drawn_by_the_seed(tiny, tmp_path):
     source = models.resolve(str(tiny("gpt2")))
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        training = SimpleNamespace(output_dir=str(tmp_path / name), seed=seed, resume_from_checkpoint=None, process_index=0,
-                                   main_process_first=lambda desc: nullcontext())
+        training = SimpleNamespace(output_dir=str(tmp_path / name), seed=seed, resume_from_checkpoint=None, process_index=0)
         torch.manual_seed(len(states))  # what was drawn before does not matter
-        start = scratch.start(args.SharedArguments(task="pretrain"), training, source, models.load_tokenizer(source), MODEL, [])
+        start = scratch.start(args.SharedArguments(task="pretrain"), training, source, models.load_tokenizer(source), MODEL, list)
         states.append(models.load(start, MODEL).state_dict())
     assert same(states[0], states[1]) and not same(states[0], states[2])
 

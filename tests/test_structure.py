@@ -52,7 +52,9 @@ MAY_IMPORT = {
     "chat": {"errors"},
     "shapes": set(),
     "formats": {"errors", "shapes"},
-    "data": {"errors", "formats", "shapes"},
+    "disk": {"errors"},
+    "encoding": {"disk", "errors"},
+    "data": {"disk", "errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"errors", "models", "processes"},  # models: only whether the hardware has bf16, once transformers is needed anyway
     "generation": {"chat", "errors", "faults", "losses", "processes"},
@@ -70,8 +72,9 @@ MAY_IMPORT = {
                 "regularize"},
     "runs": {"checkpoints", "errors", "model_card", "report"},
     "scratch": {"errors", "models"},
-    "tasks": {"args", "batches", "chat", "data", "doctor", "errors", "evaluation", "generation", "head_start", "losses",
-              "metrics", "models", "processes", "regularize", "scratch", "trainer"},
+    "streaming": {"data", "encoding", "errors", "formats"},
+    "tasks": {"args", "batches", "chat", "data", "disk", "doctor", "encoding", "errors", "evaluation", "generation", "head_start",
+              "losses", "metrics", "models", "processes", "regularize", "scratch", "streaming", "trainer"},
 }
 
 

@@ -60,8 +60,11 @@ class SharedArguments:
                                    at_least=0)
     max_tokens: int = option(None, "train on about N tokens, in place of --num_train_epochs", at_least=1)
     max_minutes: float = option(None, "end the training after so many minutes, wherever its schedule stands", at_least=0)
+    streaming: bool = option(False, "read the train rows while training, from sources of any size, and keep nothing; needs --max_steps")
+    shuffle_buffer: int = option(10_000, "of --streaming: rows among which the next one is drawn", at_least=1)
+    preprocessing_num_workers: int = option(None, "processes that tokenize (default: one a CPU core)", at_least=1)
     early_stopping_patience: int = option(0, "stop after N evaluations without a better dev loss (or --metric_for_best_model); 0: never",
-                                         at_least=0)
+                                          at_least=0)
 
     label: str = option("label", "the column to predict; of dialogues, the key of the turns (intent, sentiment)", task="classify")
     context_turns: int = option(0, "of dialogues: the N turns before the one to classify are read too", task="classify", at_least=0)
@@ -202,6 +205,8 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
                 setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
+    if shared.streaming:  # there are no epochs
+        defaults |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.1}
     training = _training_arguments(["--help"] if known.help_trainer else rest, defaults, parser, shared)
     _check(shared, training, argv)
     if shared.from_scratch and not method.learns_from_scratch:
@@ -384,6 +389,16 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{name}: {why}; leave it out")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
+    if shared.streaming:
+        for name in ("replay", "measure_forgetting", "max_train_samples", "train_fraction", "max_tokens", "tokens_per_step"):
+            if getattr(shared, name) != getattr(SharedArguments, name):
+                raise UserError(f"--{name} needs to know all rows, and --streaming never does: leave one of them out")
+        if training.max_steps <= 0:
+            raise UserError("--streaming does not know how many rows there are: say how long to train with --max_steps N")
+        if training.dataloader_num_workers:
+            raise UserError("--dataloader_num_workers: the process that trains reads the stream as well: leave it out")
+        if training.train_sampling_strategy != "random":
+            raise UserError(f"--train_sampling_strategy {training.train_sampling_strategy}: a stream comes in its own order: leave it out")
     if not 0 < shared.train_fraction <= 1:
         raise UserError(f"--train_fraction {shared.train_fraction:g} is no share: use a number above 0 and up to 1, such as 0.5")
     if shared.max_tokens and any(word.split("=")[0] in ("--max_steps", "--num_train_epochs") for word in argv):

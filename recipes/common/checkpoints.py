@@ -29,8 +29,8 @@ FREE = {"data", "fallback_model", "allow_changed", "repeats", "on_nan", "data_ti
         "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "include_num_input_tokens_seen", "debug",
         "do_train", "do_eval", "do_predict", "skip_memory_metrics", "torch_empty_cache_steps", "ddp_timeout", "local_rank",
         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-        "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
-        "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
+        "preprocessing_num_workers", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
+        "hub_revision", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
 
 
 def step_of(folder: Path) -> int:
@@ -138,9 +138,11 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 def asked_for(task, shared: dict, method: dict, training) -> dict:
     """Everything that decides what a run learns, by name, as it stands in a manifest."""
-    splits = task.report.get("splits", {})
-    fingerprint = {split: {name: counts.get(name) for name in ("sha256", "rows", "kept", "tokens", "supervised")}
-                   for split, counts in splits.items()}
+    fingerprint = {}
+    for split, counts in task.report.get("splits", {}).items():
+        # What is counted of a stream grows while it is read.
+        names = ("source",) if shared.get("streaming") and split == "train" else ("sha256", "rows", "kept", "tokens", "supervised")
+        fingerprint[split] = {name: counts.get(name) for name in names}
     every = training.to_dict() | shared | method | {
         "model": f"{task.source.used}" + (f" at {task.source.revision}" if task.source.revision else ""),
         "rows": fingerprint, "world_size": training.world_size}

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.common import formats, shapes
+import numpy as np
+
+from recipes.common import disk, formats, shapes
 from recipes.common.errors import UserError
 from recipes.common.formats import File, Record
 from recipes.common.shapes import check_classify, check_dialogue, check_pretrain, check_tag, check_translate, short  # noqa: F401
@@ -31,7 +34,7 @@ Check = Callable[[dict], str | None]
 class Rows:
     """The rows of one split and where they came from."""
 
-    rows: list[dict]
+    rows: disk.Stored
     source: str
     sha256: str  # of the file's bytes; of several sources, of their hashes
     skipped: list[str] = field(default_factory=list)  # one sentence for each row left out by on_bad_row="skip"
@@ -73,15 +76,20 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
 def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
     """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
     file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
-    rows, skipped, context, chat = [], [], 0, _takes_dialogues(check)
-    for record in records(file, check, columns):
-        if record.wrong is None:
-            rows.append(record.row)
-            context += shapes.context_turns(record.row) if chat else 0
-        elif on_bad_row == "skip":
-            skipped.append(f"{record.where}: {record.wrong}")
-        else:
-            raise UserError(f"{file.name}, {record.where}: {record.wrong} (--on_bad_row skip leaves such rows out and lists them)")
+    skipped, context, chat = [], 0, _takes_dialogues(check)
+
+    def good() -> Iterator[dict]:
+        nonlocal context
+        for record in records(file, check, columns):
+            if record.wrong is None:
+                context += shapes.context_turns(record.row) if chat else 0
+                yield record.row
+            elif on_bad_row == "skip":
+                skipped.append(f"{record.where}: {record.wrong}")
+            else:
+                raise UserError(f"{file.name}, {record.where}: {record.wrong} (--on_bad_row skip leaves such rows out and lists them)")
+
+    rows = disk.store(good())
     if not rows:
         raise UserError(f"{file.name} holds no {'usable ' if skipped else ''}row: data/README.md says what a file may hold")
     notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
@@ -90,25 +98,33 @@ def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str
 
 
 def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
-         columns: str | None = None) -> dict[str, Rows]:
+         columns: str | None = None, files: list[dict[str, File]] | None = None) -> dict[str, Rows]:
     """Read the sources `data` into {"train": ..., "dev": ..., maybe "test": ...}. Raises `UserError`.
 
     A source is a file (train), a folder with train/dev/test files or a Hub data set, each maybe with a weight (`_mix`). Of the train
     rows of sources without a dev file, a share `dev_fraction`, drawn with `seed`, becomes dev. That happens before any row is repeated
-    for its weight, and a row is a whole dialogue, so no dialogue ever stands on both sides.
+    for its weight, and a row is a whole dialogue, so no dialogue ever stands on both sides. `files`: of each source, if `identify` has
+    found them already.
     """
     asked = sources(data)
-    parts = []
-    for source in asked:
-        files = find(source.name)
-        if "train" not in files:
-            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
-        parts.append({split: read(file, check, on_bad_row, columns) for split, file in files.items()})
+    parts = [{split: read(file, check, on_bad_row, columns) for split, file in found.items()} for found in files or identify(data, columns)]
     _hold_out(parts, dev_fraction, seed)
-    splits = {split: _join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
+    splits = {split: join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
     if asked[0].weight is not None:
         _mix(splits["train"], [part["train"] for part in parts], [source.weight for source in asked], seed)
     return splits
+
+
+def identify(data: str | list[str], columns: str | None = None, whole: bool = True) -> list[dict[str, File]]:
+    """The files of each source by split, looked at `whole` or at their start. Raises `UserError` for one that can't be trained on."""
+    identified = []
+    for source in sources(data):
+        found = find(source.name, whole)
+        if "train" not in found:
+            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
+        identified.append({split: file if isinstance(file, File) else formats.identify(file, parse_columns(columns), whole)
+                           for split, file in found.items()})
+    return identified
 
 
 def load_split(data: str | list[str], split: str, check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
@@ -117,7 +133,7 @@ def load_split(data: str | list[str], split: str, check: Check, dev_fraction: fl
     found = [find(source.name) for source in sources(data)]
     if split == "test" or (split == "dev" and all("dev" in files for files in found)):
         parts = [read(files[split], check, on_bad_row, columns) for files in found if split in files]
-        return _join(parts) if parts else None
+        return join(parts) if parts else None
     return load(data, check, dev_fraction, seed, on_bad_row, columns)[split]
 
 
@@ -146,14 +162,14 @@ def sources(data: str | list[str]) -> list[Source]:
     return found
 
 
-def find(data: str) -> dict[str, Path | File]:
-    """The files of one source by split, downloaded from the Hub if it names a data set there. Raises `UserError` when there is none."""
+def find(data: str, whole: bool = True) -> dict[str, Path | File]:
+    """The files of one source by split. A data set of the Hub is downloaded whole, or read from there. Raises `UserError` for none."""
     path = Path(data)
     if path.is_file():
         return {"train": path}
     if not path.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A) and not formats.suggested(path):
-            return _hub(data)
+            return _hub(data, whole)
         raise UserError(f"--data {data}: no such file or folder")
     found = {}
     for split, names in SPLITS.items():
@@ -214,16 +230,17 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         return
     if size < 2 and without == parts:
         raise UserError(f"{parts[0]['train'].source} has one row: training needs at least two, as one is held out as dev")
-    chosen = held_out(size, dev_fraction, seed)
+    chosen = np.zeros(size, dtype=bool)
+    chosen[list(held_out(size, dev_fraction, seed))] = True
     start = 0
     for part in without:
         train = part["train"]
-        taken = [start + i in chosen for i in range(len(train.rows))]
+        taken = chosen[start: start + len(train.rows)]
         start += len(taken)
-        if any(taken):
-            part["dev"] = Rows([row for row, out in zip(train.rows, taken, strict=True) if out],
-                               f"{train.source} ({sum(taken)} rows held out, seed {seed})", train.sha256)
-        train.rows = [row for row, out in zip(train.rows, taken, strict=True) if not out]
+        if taken.any():
+            part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), f"{train.source} ({taken.sum()} rows held out, seed {seed})",
+                               train.sha256)
+        train.rows = train.rows.take(np.flatnonzero(~taken))
 
 
 def held_out(size: int, dev_fraction: float, seed: int) -> set[int]:
@@ -231,11 +248,11 @@ def held_out(size: int, dev_fraction: float, seed: int) -> set[int]:
     return set(random.Random(seed).sample(range(size), min(max(1, round(size * dev_fraction)), size - 1)))
 
 
-def _join(parts: list[Rows]) -> Rows:
+def join(parts: list[Rows]) -> Rows:
     """The rows of several sources, one source after the other."""
     if len(parts) == 1:
         return Rows(parts[0].rows, parts[0].source, parts[0].sha256, parts[0].skipped, [*parts[0].notes])
-    return Rows([row for part in parts for row in part.rows], " + ".join(part.source for part in parts),
+    return Rows(functools.reduce(operator.add, (part.rows for part in parts)), " + ".join(part.source for part in parts),
                 hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest(),
                 [f"{part.source}, {sentence}" for part in parts for sentence in part.skipped],
                 [sentence for part in parts for sentence in part.notes])
@@ -252,22 +269,25 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
     counts = [math.floor(share) for share in exact]
     for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
         counts[i] += 1
-    train.rows = []
+    indices, start = [], 0  # of the rows of all parts, one part after the other
     for part, weight, count in zip(parts, weights, counts, strict=True):
         size = len(part.rows)
         if not size or not count:
             raise UserError(f"{part.source} with weight {weight:g} would give no train row: "
                             f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
         rounds, rest = divmod(count, size)
-        train.rows += part.rows * rounds + generator.sample(part.rows, rest)
+        own = range(start, start + size)
+        indices += [*own] * rounds + generator.sample(own, rest)
+        start += size
         effect = f"{size - count} rows are left out" if count < size else f"{count - size} are repeats" if count > size else "each row once"
         train.notes.append(f"{part.source} with weight {weight:g} gives {count} of the {total} train rows, {count / total:.1%}; "
                            f"it has {size}, so {effect}")
-    generator.shuffle(train.rows)
+    generator.shuffle(indices)
+    train.rows = train.rows.take(indices)
 
 
 @functools.cache
-def _hub(name: str) -> dict[str, File]:
+def _hub(name: str, whole: bool = True) -> dict[str, File]:
     """The splits of the Hub data set NAME or NAME:CONFIG. Asks the Hub first, as `datasets` alone would try for half a minute."""
     import datasets
     from huggingface_hub import HfApi, constants
@@ -286,7 +306,7 @@ def _hub(name: str) -> dict[str, File]:
         constants.HF_HUB_OFFLINE = True  # for what follows: it may still be in the cache, and retries would take half a minute
     unreachable = constants.HF_HUB_OFFLINE
     try:
-        loaded = datasets.load_dataset(repository, config or None)
+        loaded = datasets.load_dataset(repository, config or None, streaming=not whole)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         if unreachable:
             raise UserError(f"--data {name}: no such file or folder here, and no data set of that name is in the cache while the Hugging "
@@ -296,15 +316,16 @@ def _hub(name: str) -> dict[str, File]:
         constants.HF_HUB_OFFLINE = offline
     if unreachable:
         print(f"note: the Hub can't be reached; {name} is taken from the cache")
-    found = {split: next((hub_split(loaded[own], f"{name} ({own})") for own in names if own in loaded), None)
+    found = {split: next((hub_split(loaded[own], f"{name} ({own})", whole) for own in names if own in loaded), None)
              for split, names in SPLITS.items()}
     if not any(found.values()):
         raise UserError(f"--data {name}: the data set has no split train, dev, validation, val or test, but {', '.join(loaded)}")
     return {split: file for split, file in found.items() if file}
 
 
-def hub_split(split, name: str) -> File:
-    """A `datasets.Dataset` as a file to read. Class numbers become their names; the hash is that of the rows, as JSON lines."""
+def hub_split(split, name: str, whole: bool = True) -> File:
+    """A `datasets.Dataset`, or without `whole` an `IterableDataset`, as a file to read. Class numbers become their names; the hash is that
+    of the rows, as JSON lines."""
     from datasets import ClassLabel, List
 
     def named(feature, value):
@@ -313,8 +334,10 @@ def hub_split(split, name: str) -> File:
         return feature.int2str(value) if isinstance(feature, ClassLabel) and value is not None and value >= 0 else value
 
     def rows():
-        return ({key: named(split.features[key], value) for key, value in row.items()} for row in split)
+        return ({key: named((split.features or {}).get(key), value) for key, value in row.items()} for row in split)
 
+    if not whole:
+        return File(name, "hub", "streamed", columns=split.column_names, hub=rows)
     digest = hashlib.sha256()
     for row in rows():
         digest.update(json.dumps(row, default=str).encode() + b"\n")

@@ -64,11 +64,14 @@ class File:
     hub: Callable[[], Iterator[dict]] | None = None  # the rows of such a split
 
 
-def identify(path: Path, names: Iterable[str] = ()) -> File:
-    """What `path` is. `names` are columns that the user expects, beside those of shapes.NAMES. Raises `UserError`."""
+def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
+    """What `path` is. `names` are columns that the user expects, beside those of shapes.NAMES. Raises `UserError`.
+
+    Without `whole`, only the start is looked at: no hash, and what is not UTF-16 by its mark is taken for UTF-8.
+    """
     try:
         with path.open("rb") as stream:
-            file = File(str(path), "text", hashlib.file_digest(stream, "sha256").hexdigest())
+            file = File(str(path), "text", hashlib.file_digest(stream, "sha256").hexdigest() if whole else "streamed")
             stream.seek(0)
             file.gzipped = stream.read(2) == b"\x1f\x8b"
     except OSError as error:
@@ -85,7 +88,10 @@ def identify(path: Path, names: Iterable[str] = ()) -> File:
         return file
     if start == b"PK\x03\x04":
         raise UserError(f"{path} is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV in UTF-8")
-    _find_encoding(file, start, hint)
+    if whole:
+        _find_encoding(file, start, hint)
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        file.encoding = "utf-16-le" if start.startswith(codecs.BOM_UTF16_LE) else "utf-16-be"
     with _text(file) as stream:
         lines = (line for line in stream if line.strip())
         first, second = next(lines, ""), next(lines, None)

@@ -5,6 +5,7 @@ cache (`$RECIPES_CACHE`, by default `recipes/` in the Hugging Face cache).
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -120,6 +121,13 @@ def load_tokenizer(source: Source):
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{source.used} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def tokenizer_files(tokenizer) -> str:
+    """The sha256 of all that a tokenizer is: the files that it would save."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file())).hexdigest()
 
 
 def config(source: Source):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,22 +21,22 @@ from recipes.common.errors import UserError
 ASKED = "from_scratch.json"
 
 
-def start(shared, training, source: models.Source, tokenizer, auto_class, texts: Iterable[str]) -> models.Source:
-    """Where the model is that this run starts from; the main process makes it, a resumed run finds it. Raises `UserError`."""
+def start(shared, training, source: models.Source, tokenizer, auto_class, rows: Callable[[], Sequence[dict]]) -> models.Source:
+    """Where the model is that this run starts from; the main process, which comes first, makes it, a resumed run finds it. `rows` gives
+    the train rows, and is called only for a new vocabulary. Raises `UserError`."""
     folder = (Path(training.output_dir) / models.START).absolute()
-    with training.main_process_first(desc="making a model from scratch"):
-        if training.resume_from_checkpoint and folder.is_dir():
-            _check_same(shared, training.seed, folder)
-        elif training.process_index == 0:
-            _make(shared, training.seed, source, tokenizer, auto_class, texts, folder)
+    if training.resume_from_checkpoint and folder.is_dir():
+        _check_same(shared, training.seed, folder)
+    elif training.process_index == 0:
+        _make(shared, training.seed, source, tokenizer, auto_class, rows, folder)
     return models.Source(shared.model, str(folder), str(folder))
 
 
-def _make(shared, seed: int, source, tokenizer, auto_class, texts, folder: Path) -> None:
+def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) -> None:
     config = models.config(source)
     changes = overrides(shared.config, config)
     if shared.vocab_size:
-        tokenizer = train_tokenizer(tokenizer, texts, shared.vocab_size)
+        tokenizer = train_tokenizer(tokenizer, (row["text"] for row in rows()), shared.vocab_size)
     fields = config.to_dict() | changes | {"vocab_size": len(tokenizer)}
     # The ids of special tokens are those of the new tokenizer; which layer attends how is counted out anew for another number of layers.
     fields |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -64,7 +64,7 @@ def _make(shared, seed: int, source, tokenizer, auto_class, texts, folder: Path)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before its first checkpoint
         os.replace(made, folder)
     print(f"from scratch: {model.num_parameters():,} parameters drawn at random (seed {seed}), {len(tokenizer):,} tokens"
-          + (f", the vocabulary trained on {len(texts):,} texts" if shared.vocab_size else f", those of {source.used}"))
+          + (f", the vocabulary trained on {len(rows()):,} texts" if shared.vocab_size else f", those of {source.used}"))
 
 
 def train_tokenizer(tokenizer, texts: Iterable[str], size: int):

@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -148,14 +149,15 @@ class RecipeTrainer(Trainer):
 
     def _get_dataloader(self, *args, is_training=False, **kwargs):
         """The Trainer's; batches to train on are lists of micro-batches."""
-        self.data_collator = self.task.collate
-        if is_training:
-            group, limit = None, self.shared.micro_batch_tokens
-            # Where each pass gathers weights from all processes, all must make equally many.
-            if limit is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                group = batches.grouping(losses.network(self.model), self.args.bf16, limit)
-            self.data_collator = partial(batches.collate, one=self.task.collate, group=group)
+        self.data_collator = self._train_collator() if is_training else self.task.collate
         return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+
+    def _train_collator(self):
+        group, limit = None, self.shared.micro_batch_tokens
+        # Where each pass gathers weights from all processes, all must make equally many.
+        if limit is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            group = batches.grouping(losses.network(self.model), self.args.bf16, limit)
+        return partial(batches.collate, one=self.task.collate, group=group)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.shared.tokens_per_step:
@@ -198,6 +200,13 @@ class RecipeTrainer(Trainer):
         if self.adversary is None:
             return step()
         return self.adversary.train(step, loss, inputs["attention_mask"].to(self.args.device))
+
+    def get_train_dataloader(self):
+        """The Trainer's; of a stream, one that Accelerate does not divide again: each process reads a share of its own."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self._train_collator(),
+                          pin_memory=self.args.dataloader_pin_memory)
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's, its learning rates scaled by --layer_lr_decay."""

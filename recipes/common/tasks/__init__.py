@@ -14,20 +14,31 @@ task, or why it can't. With what a method says itself (args.Method.refuses), thi
 `from_scratch`, for the flag of this name.
 """
 
+import functools
 import importlib
+import itertools
 import random
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 
-from recipes.common import args, batches, data, doctor, losses, models, regularize
+from recipes.common import args, batches, data, disk, doctor, encoding, losses, models, regularize, streaming
 from recipes.common.errors import UserError
+
+DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
+# Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
+NOT_OF_ROWS = {"model", "fallback_model", "start_from", "from_scratch", "vocab_size", "config", "preprocessing_num_workers",
+               "early_stopping_patience", "layer_lr_decay", "model_dropout", "adversarial", "adversarial_epsilon", "r_drop",
+               "tokens_per_step", "micro_batch_tokens", "attention", "max_tokens", "max_minutes", "eval_generate_rows",
+               "eval_generate_tokens", "eval_generate_seconds", "on_nan", "data_timeout", "allow_changed", "repeats"}
 
 
 @dataclass
@@ -41,6 +52,7 @@ class Task:
     tokenizer: object
     max_length: int  # tokens of the longest row
     encode: Callable[..., tuple[Dataset, dict]]  # (rows, name, on_bad_row, training) -> features, counts of what was shortened and left out
+    one: encoding.One | None = field(default=None, kw_only=True)  # what encode does with a row, for tasks whose rows can be streamed
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
     loss: Callable[..., list[losses.Part]]
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
@@ -101,9 +113,22 @@ def check_cell(task: str, source: models.Source, method) -> None:
 
 
 def load(shared, method, training) -> Task:
-    """Find the model `shared.model`, then read and tokenize the rows of `shared.task` for it; prints what was read. Raises `UserError`,
-    before any data is read if `method` (args.Method), task and model do not go together."""
-    kind = module(shared.task)
+    """Find the model `shared.model`, then read and tokenize the rows of `shared.task` for it, or take them from the cache if that was done
+    before; prints what was read. Raises `UserError`, before any data is read if `method` (args.Method), task and model do not go together.
+
+    Of several processes, the first one does the work, and the others find it in the cache.
+    """
+    with training.main_process_first(desc="reading the rows"):
+        task = _load(shared, method, training)
+    if training.process_index == 0:
+        print_report(task)
+        if shared.max_tokens:
+            print(f"--max_tokens {shared.max_tokens}: {training.num_train_epochs:.2f} passes over the train rows")
+    return task
+
+
+def _load(shared, method, training) -> Task:
+    kind, run, record = module(shared.task), None, {}
     if shared.start_from:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
@@ -111,44 +136,63 @@ def load(shared, method, training) -> Task:
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
-    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, training.seed, shared.on_bad_row, shared.columns)
-    read = {name: split.rows for name, split in splits.items()}
-    for split in splits.values():
-        split.rows = kind.rows(split.rows, shared)
-    old, replayed = _old_rows(kind, shared, splits["train"], training.seed)
-    facts = kind.facts(splits["train"].rows, shared)
-    if shared.train_fraction < 1:
-        _draw_share(splits["train"], shared.train_fraction, training.seed)
-    if shared.start_from:
-        tokenizer, facts = models.load_run_tokenizer(run), _facts_of_run(record, shared, facts)
+    tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
+    if shared.streaming:
+        task = _stream(kind, shared, training, source, tokenizer)
+        task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+        return task
+    old = _old_source(shared)
+    files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
+    read = functools.cache(partial(_rows, kind, shared, training.seed, files, old))  # at most once, and only if they are needed
+    if shared.from_scratch:
+        source, tokenizer = kind.from_scratch(shared, training, source, tokenizer,
+                                              lambda: read().splits["train"].rows[: shared.max_train_samples])
+    folder = disk.cache() / disk.key(
+        [{split: file.sha256 for split, file in found.items()} for found in sum(files, [])],
+        {name: value for name, value in asdict(shared).items() if name not in NOT_OF_ROWS}, training.seed,
+        models.tokenizer_files(tokenizer), models.config(source).to_dict(), record.get("data"))
+    entry = disk.kept(folder)
+    if entry:
+        task = _make(kind, shared, source, tokenizer, entry[1]["facts"])
     else:
-        tokenizer = models.load_tokenizer(source)
-        if shared.from_scratch:
-            source, tokenizer = kind.from_scratch(shared, training, source, tokenizer, splits["train"].rows[: shared.max_train_samples])
-    task = _make(kind, shared, source, tokenizer, facts)
-    task.report |= {"max_length": task.max_length, "splits": {}, **replayed}
-    if shared.start_from:
-        task.lineage = [*record.get("lineage", []), _ancestor(run, record)]
-    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples), ("old", shared.max_eval_samples)):
-        if split == "old" and old is None:
-            continue
-        splits |= {"old": old}
-        features, counts = task.encode(splits[split].rows[:limit], splits[split].source, shared.on_bad_row, split == "train")
-        setattr(task, split, features)
-        refused = list(counts.pop("refused").values())
-        task.report["splits"][split] = {"source": splits[split].source, "sha256": splits[split].sha256, **counts,
-                                        "bad_rows": splits[split].skipped + refused, "notes": splits[split].notes}
+        rows = read()
+        facts = _facts_of_run(record, shared, rows.facts) if run else rows.facts
+        task = _make(kind, shared, source, tokenizer, facts)
+        features, counts = _encode(task, rows.splits, shared)
+        disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed, "doctor": _brief(rows, facts, shared)}})
+    features, made = entry or disk.kept(folder)
+    task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
+    task.report["doctor"]["details"] = doctor_command(shared, training.seed)
+    task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
+    task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
     if shared.max_tokens:
         training.num_train_epochs = shared.max_tokens / task.report["splits"]["train"]["tokens"]
     if shared.tokens_per_step:
         _plan_steps(task, shared.tokens_per_step, training)
-    counts, sentences = doctor.brief(read["train"][: shared.max_train_samples], read["dev"][: shared.max_eval_samples],
-                                     facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
-    task.report["doctor"] = {**counts, "sentences": sentences, "details": doctor_command(shared, training.seed)}
-    if training.process_index == 0:
-        print_report(task)
-        if shared.max_tokens:
-            print(f"--max_tokens {shared.max_tokens}: {training.num_train_epochs:.2f} passes over the train rows")
+    return task
+
+
+def _stream(kind, shared, training, source, tokenizer) -> Task:
+    """The task with train rows that are read while it trains. Dev rows are those of a dev file, or the first of the train rows."""
+    files = streaming.files(shared.data, shared.columns)
+    read = partial(streaming.rows, [found["train"] for found in files], kind.check(shared), shared.columns, shared.on_bad_row)
+    name, limit = " + ".join(found["train"].name for found in files), shared.max_eval_samples or DEV_ROWS
+    first = disk.store(row for _, row in itertools.islice(read(lambda sentence: None), max(limit, 1000)))
+    devs = [data.read(found["dev"], kind.check(shared), shared.on_bad_row, shared.columns) for found in files if "dev" in found]
+    dev = data.join(devs) if devs else data.Rows(first[:limit], f"{name} (first {len(first[:limit])} rows)", "streamed")
+    task = _make(kind, shared, source, tokenizer, kind.facts(first, shared))
+    if task.one is None:
+        raise UserError(f"--streaming: --task {task.name} must know all rows before it begins, for their labels or to join "
+                        "their texts: leave it out")
+    features, splits = _encode(task, {"dev": dev}, shared)
+    report = {"source": name, "sha256": "streamed", "unit": kind.UNIT, "items": "tokens", "sentences": [], "notes": [
+        f"streamed, shuffled among {shared.shuffle_buffer:,} rows at a time; the counts are those of "
+        + ("the run" if training.world_size == 1 else f"the first of {training.world_size} processes")]}
+    task.train = streaming.Stream(read, task.one, report, shared, 0 if devs else len(dev.rows), training.seed, training.process_index,
+                                  training.world_size)
+    task.dev = features["dev"]
+    task.report |= {"max_length": task.max_length, "splits": {"train": report, **splits}, "doctor": {
+        "sentences": ["a stream is not examined for copies, leaks and personal data"], "details": doctor_command(shared, training.seed)}}
     return task
 
 
@@ -182,45 +226,97 @@ def _draw_share(train: data.Rows, share: float, seed: int) -> None:
     order = list(range(len(train.rows)))
     random.Random(seed).shuffle(order)
     chosen = order[: max(1, round(share * len(order)))]
-    train.rows = [train.rows[i] for i in chosen]
+    train.rows = train.rows.take(chosen)
     train.notes = [*train.notes, f"--train_fraction {share:g}: {len(chosen)} of {len(order)} train rows, drawn with seed {seed}"]
 
 
-def _old_rows(kind, shared, train: data.Rows, seed: int) -> tuple[data.Rows | None, dict]:
-    """Mix the rows of --replay into the `train` rows. Returns the dev rows on which forgetting is measured, if that is asked for, and what
-    was replayed, for the report.
+class _Rows(NamedTuple):
+    splits: dict[str, data.Rows]  # "train", "dev", and "old", on which forgetting is measured, if that is asked for
+    replayed: dict  # what was mixed in, for the report
+    facts: dict  # what the train rows say
+    read: dict[str, disk.Stored]  # the rows of the files, by split, as the doctor examines them
 
-    --max_train_samples counts the mixture, and leaves its shares as they are.
-    """
-    if not (shared.replay or shared.measure_forgetting):
-        return None, {}
-    flag, name, share = "--measure_forgetting", shared.measure_forgetting, 0.0
-    if shared.replay:
-        flag = "--replay"
-        name, _, text = shared.replay.rpartition(":")
-        share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
-        if not name or not 0 < share < 1:
-            raise UserError(f"--replay {shared.replay}: give the share of old rows after a colon, between 0 and 1, as in old.jsonl:0.2")
-    try:
-        found = data.load(name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns)
-    except UserError as error:
-        raise UserError(str(error).replace("--data", flag, 1)) from error
-    for split in found.values():
+
+class _Old(NamedTuple):
+    """What --replay or --measure_forgetting names, and the share of the train rows that comes from there."""
+
+    flag: str
+    name: str
+    share: float
+
+
+def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) -> _Rows:
+    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[0])
+    read, replayed = {name: split.rows for name, split in splits.items()}, {}
+    for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
-    if not share:
-        return found["dev"], {}
-    pool, limit = found["train"], shared.max_train_samples
+    if old:
+        found = _of(old, data.load, old.name, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[1])
+        for split in found.values():
+            split.rows = kind.rows(split.rows, shared)
+        replayed = _mix_in(old, found["train"], splits["train"], shared.max_train_samples, seed)
+        splits |= {"old": found["dev"]}
+    facts = kind.facts(splits["train"].rows, shared)
+    if shared.train_fraction < 1:
+        _draw_share(splits["train"], shared.train_fraction, seed)
+    return _Rows(splits, replayed, facts, read)
+
+
+def _brief(rows: _Rows, facts: dict, shared) -> dict:
+    """What the doctor says of the rows in short."""
+    counts, sentences = doctor.brief(rows.read["train"][: shared.max_train_samples], rows.read["dev"][: shared.max_eval_samples],
+                                     facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
+    return {**counts, "sentences": sentences}
+
+
+def _encode(task: Task, splits: dict[str, data.Rows], shared) -> tuple[dict[str, Dataset], dict]:
+    """Features and a report on the rows of each split that training needs."""
+    features, report = {}, {}
+    for split, limit in (("train", shared.max_train_samples), ("dev", shared.max_eval_samples), ("old", shared.max_eval_samples)):
+        if found := splits.get(split):
+            features[split], counts = task.encode(found.rows[:limit], found.source, shared.on_bad_row, split == "train")
+            refused = list(counts.pop("refused").values())
+            report[split] = {"source": found.source, "sha256": found.sha256, **counts, "bad_rows": found.skipped + refused,
+                             "notes": found.notes}
+    return features, report
+
+
+def _old_source(shared) -> _Old | None:
+    if not shared.replay:
+        return _Old("--measure_forgetting", shared.measure_forgetting, 0.0) if shared.measure_forgetting else None
+    name, _, text = shared.replay.rpartition(":")
+    share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
+    if not name or not 0 < share < 1:
+        raise UserError(f"--replay {shared.replay}: give the share of old rows after a colon, between 0 and 1, as in old.jsonl:0.2")
+    return _Old("--replay", name, share)
+
+
+def _of(old: _Old, function, *args):
+    """What `function` returns; its complaints about --data name the old source's flag."""
+    try:
+        return function(*args)
+    except UserError as error:
+        raise UserError(str(error).replace("--data", old.flag, 1)) from error
+
+
+def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, seed: int) -> dict:
+    """Mix rows of `pool` into the `train` rows. Returns what was replayed, for the report.
+
+    --max_train_samples, the `limit`, counts the mixture, and leaves its shares as they are.
+    """
+    if not old.share:
+        return {}
     if limit:
-        train.rows = train.rows[: max(1, round((1 - share) * limit))]
-    wanted = round(share / (1 - share) * len(train.rows))
+        train.rows = train.rows[: max(1, round((1 - old.share) * limit))]
+    wanted = round(old.share / (1 - old.share) * len(train.rows))
     if limit:
         wanted = min(wanted, limit - len(train.rows))
-    drawn = random.Random(seed).sample(pool.rows, min(wanted, len(pool.rows)))
-    train.notes += [*pool.notes, f"replay: {len(drawn)} of {len(pool.rows)} rows of {name} added to {len(train.rows)}"
+    drawn = pool.rows.take(random.Random(seed).sample(range(len(pool.rows)), min(wanted, len(pool.rows))))
+    train.notes += [*pool.notes, f"replay: {len(drawn)} of {len(pool.rows)} rows of {old.name} added to {len(train.rows)}"
                     + (f", as there are no {wanted}" if len(drawn) < wanted else "")]
-    train.skipped += [f"{name}, {sentence}" for sentence in pool.skipped]
+    train.skipped += [f"{old.name}, {sentence}" for sentence in pool.skipped]
     train.rows = train.rows + drawn
-    return found["dev"], {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
+    return {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
 
 
 def _facts_of_run(record: dict, shared, facts: dict) -> dict:
@@ -281,9 +377,14 @@ def print_report(task: Task) -> None:
     """The run's first lines on the screen: the model, and what became of the rows."""
     source, report = task.source, task.report
     print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
+    if report.get("tokenized", {}).get("from_cache"):
+        print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):
         print(f"note: {note}")
     for split, c in report["splits"].items():
+        if "rows" not in c:
+            print(f"{split}: {c['source']}, {c['notes'][0]}")
+            continue
         print(f"{split}: {c['kept']} of {c['rows']} {c['unit']}, {c['tokens']:,} tokens, {c['supervised']:,} {c['items']} trained on "
               f"({c['source']})")
         for sentence in c["notes"] + c["sentences"]:

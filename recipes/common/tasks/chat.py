@@ -3,14 +3,13 @@
 import math
 from collections import Counter
 from functools import partial
-from pathlib import Path
+from operator import itemgetter
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from recipes.common import chat, data, evaluation, generation, losses, metrics, models, processes
+from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models, processes
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task
 from recipes.common.trainer import dataset_outputs, mean_loss
@@ -45,41 +44,26 @@ def facts(rows, shared) -> dict:
     return {"system": systems.most_common(1)[0][0] if systems else None}
 
 
-def make(shared, source, tokenizer, facts) -> Task:
+def make(shared, source, tokenizer, facts, turns=itemgetter("messages")) -> Task:
     """The task for this model. Raises `UserError` for a tokenizer or chat template that can't be trained on safely."""
     note = chat.prepare(tokenizer)
+    one = partial(_encode, tokenizer=tokenizer, max_length=shared.max_length, turns=turns)
     return Task("chat", "CAUSAL_LM", AutoModelForCausalLM, source, tokenizer, shared.max_length,
-                encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length),
+                encode=partial(encode, one=one, max_length=shared.max_length, processes=shared.preprocessing_num_workers), one=one,
                 collate=partial(chat.pad, pad_id=tokenizer.pad_token_id), loss=losses.next_token,
                 generation=models.generation_config(tokenizer), report={"notes": [note] if note else []})
 
 
-def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer,
-           max_length: int) -> tuple[Dataset, dict]:
+def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, one: encoding.One, max_length: int,
+           processes: int | None = None) -> tuple[Dataset, dict]:
     """Tokenize dialogues into columns input_ids, labels; counts what was shortened or left out. Raises `UserError`.
 
-    Dialogues that the model's chat template refuses (no system turn, strict alternation) are bad rows, for this model.
+    One that the model's chat template refuses (no system turn, strict alternation) is a bad row, for this model.
     """
-    features, counts, left_out, refused = [], Counter(), [], {}
-    for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
-        try:
-            encoded = chat.encode(row["messages"], tokenizer, max_length)
-        except chat.TemplateError as error:
-            if on_bad_row == "stop":
-                raise UserError(f"{name}, dialogue {number}: {error} (--on_bad_row skip leaves such dialogues out)") from error
-            refused[number] = f"dialogue {number}: {error}"
-            continue
-        if encoded is None:
-            left_out.append(number)
-            continue
-        features.append({"input_ids": encoded.input_ids, "labels": encoded.labels})
-        counts["shortened"] += encoded.dropped_turns > 0
-        counts["turns_dropped"] += encoded.dropped_turns
-        counts["tokens"] += len(encoded.input_ids)
-        counts["supervised"] += sum(label != chat.IGNORE for label in encoded.labels[1:])  # the first predicts nothing
-    if not features and len(refused) < len(rows):
+    features, counts, left_out, refused = encoding.encode(rows, name, one, "dialogue", on_bad_row, processes)
+    if features is None and len(refused) < len(rows):
         raise UserError(f"{name}: no dialogue has a supervised token within --max_length {max_length}; raise --max_length")
-    if not features:
+    if features is None:
         raise UserError(f"{name}: the model's chat template refuses every dialogue; {refused[1]}")
     sentences = []
     if counts["shortened"]:
@@ -88,9 +72,23 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
     if left_out:
         sentences.append("left out, as even the last question with its answer exceeds --max_length or no turn is trained on: "
                          f"{len(left_out)} dialogues (numbers {_some(left_out)})")
-    return Dataset.from_list(features), {
+    return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "tokens",
         **{key: counts[key] for key in ("shortened", "turns_dropped", "tokens", "supervised")}, "sentences": sentences}
+
+
+def _encode(row: dict, tokenizer, max_length: int, turns) -> tuple[dict | None, dict]:
+    """`turns`: a row -> its dialogue."""
+    try:
+        encoded = chat.encode(turns(row), tokenizer, max_length)
+    except chat.TemplateError as error:
+        raise encoding.Refused(str(error), "--on_bad_row skip leaves such dialogues out") from error
+    if encoded is None:
+        return None, {}
+    predicted = encoded.labels[1:]  # nothing predicts the first
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels}, {
+        "shortened": encoded.dropped_turns > 0, "turns_dropped": encoded.dropped_turns, "tokens": len(encoded.input_ids),
+        "supervised": len(predicted) - predicted.count(chat.IGNORE)}
 
 
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:

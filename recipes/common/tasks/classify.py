@@ -6,15 +6,13 @@ read alone or with the `--context_turns` turns before it.
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from recipes.common import data, evaluation, losses, metrics, models
+from recipes.common import data, disk, encoding, evaluation, losses, metrics, models
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.head_start import start_from_prototypes
@@ -34,22 +32,27 @@ def check(shared):
     return partial(data.check_classify, label=shared.label, multi_label=shared.multi_label)
 
 
-def rows(rows, shared) -> list[dict]:
+def rows(rows, shared) -> disk.Stored:
     """{"text", "text_pair", "label", ...} of each row, and of each labelled turn of a dialogue."""
-    out = []
+    return disk.store(_texts(rows, shared))
+
+
+def _texts(rows, shared):
+    number = 0
     for row in rows:
         if "messages" not in row:
-            out.append({**row, "label": row[shared.label]})
+            yield {**row, "label": row[shared.label]}
+            number += 1
             continue
         for i, turn in enumerate(row["messages"]):
             if shared.label in turn:
                 before = row["messages"][max(0, i - shared.context_turns): i]
                 context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-                out.append({"id": f"{row.get('id', len(out))}#{i + 1}", "text": turn["content"], "text_pair": context or None,
-                            "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
-                           | {key: row[key] for key in ("language",) if key in row}
-                           | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
-    return out
+                yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
+                        "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
+                       | {key: row[key] for key in ("language",) if key in row}
+                       | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
+                number += 1
 
 
 def facts(rows, shared) -> dict:
@@ -87,7 +90,7 @@ def make(shared, source, tokenizer, facts) -> Task:
                 head="classification_head" if kind == "encoder-decoder" else None)
 
 
-def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
+def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
            labels: dict[str, int], ended: bool = False) -> tuple[Dataset, dict]:
     """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights. `ended`: for a
     model that reads one text and decides at the token that ends it.
@@ -95,35 +98,12 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
     A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. A row of
     more than `shared.max_length` tokens loses its end, a context its beginning. Raises `UserError`.
     """
-    index, features, counts, left_out, refused = {label: i for i, label in enumerate(labels)}, [], Counter(), [], {}
     mean = sum(labels.values()) / len(labels)
-    for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
-        own = [str(label) for label in (row["label"] if shared.multi_label else [row["label"]])]
-        if unknown := [label for label in own if label not in index and label != shared.oos_label]:
-            sentence = f"row {number}: label {unknown[0]!r} does not occur in the train rows"
-            if on_bad_row == "stop":
-                raise UserError(f"{name}, {sentence} (--oos_label {unknown[0]} takes it as out of scope, --on_bad_row skip leaves it out)")
-            refused[number] = sentence
-            continue
-        outside = shared.oos_label in own
-        if outside and training:
-            left_out.append(number)
-            continue
-        feature, length = _tokens(row, tokenizer, shared.max_length, ended)
-        if ended:
-            counts["ends"] += feature["input_ids"].count(tokenizer.eos_token_id) > 1
-            feature["input_ids"] = _end_once(feature["input_ids"], tokenizer.eos_token_id, shared.max_length)
-        if shared.multi_label:
-            feature["labels"] = [float(label in own) for label in labels]
-        else:
-            feature["labels"] = IGNORE if outside else index[own[0]]
-        if training and shared.class_weights == "balanced":
-            feature["weights"] = mean / labels[own[0]]
-        features.append(feature)
-        counts["shortened"] += length > shared.max_length
-        counts["tokens"] += len(feature["input_ids"])
-        counts["supervised"] += not outside
-    if not features:
+    balanced = training and shared.class_weights == "balanced"
+    one = partial(_encode, tokenizer=tokenizer, shared=shared, index={label: i for i, label in enumerate(labels)}, training=training,
+                  ended=ended, weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
+    features, counts, left_out, refused = encoding.encode(rows, name, one, "row", on_bad_row, shared.preprocessing_num_workers)
+    if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
     sentences = []
     if counts["shortened"]:
@@ -132,9 +112,32 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
         sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
     if left_out:
         sentences.append(f"{len(left_out)} out-of-scope rows are not trained on")
-    return Dataset.from_list(features), {
+    return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+
+
+def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[str, float] | None,
+            training: bool, ended: bool) -> tuple[dict | None, dict]:
+    own = [str(label) for label in (row["label"] if shared.multi_label else [row["label"]])]
+    if unknown := [label for label in own if label not in index and label != shared.oos_label]:
+        raise encoding.Refused(f"label {unknown[0]!r} does not occur in the train rows",
+                               f"--oos_label {unknown[0]} takes it as out of scope, --on_bad_row skip leaves it out")
+    outside = shared.oos_label in own
+    if outside and training:
+        return None, {}
+    feature, length = _tokens(row, tokenizer, shared.max_length, ended)
+    counts = {"shortened": length > shared.max_length, "supervised": not outside}
+    if ended:
+        counts["ends"] = feature["input_ids"].count(tokenizer.eos_token_id) > 1
+        feature["input_ids"] = _end_once(feature["input_ids"], tokenizer.eos_token_id, shared.max_length)
+    if shared.multi_label:
+        feature["labels"] = [float(label in own) for label in index]
+    else:
+        feature["labels"] = IGNORE if outside else index[own[0]]
+    if weights:
+        feature["weights"] = weights[own[0]]
+    return feature, {**counts, "tokens": len(feature["input_ids"])}
 
 
 def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, int]:

@@ -11,12 +11,11 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING,
     AutoModelForCausalLM,
@@ -26,7 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from recipes.common import chat, data, evaluation, generation, losses, metrics, models, processes, scratch
+from recipes.common import chat, data, disk, encoding, evaluation, generation, losses, metrics, models, processes, scratch
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task
@@ -58,10 +57,11 @@ def _check(row: dict) -> str | None:
     return data.check_dialogue(row) if "messages" in row else data.check_pretrain(row)
 
 
-def rows(rows, shared) -> list[dict]:
+def rows(rows, shared) -> disk.Stored:
     """{"text", ...} of each row; of a dialogue, a line for each turn."""
-    return [{"text": "\n".join(m["content"] for m in row["messages"]), **{key: row[key] for key in ("id", "language") if key in row}}
-            if "messages" in row else row for row in rows]
+    return disk.store(
+        {"text": "\n".join(m["content"] for m in row["messages"]), **{key: row[key] for key in ("id", "language") if key in row}}
+        if "messages" in row else row for row in rows)
 
 
 def facts(rows, shared) -> dict:
@@ -70,8 +70,8 @@ def facts(rows, shared) -> dict:
 
 
 def from_scratch(shared, training, source, tokenizer, rows) -> tuple[models.Source, object]:
-    """The model that --from_scratch starts from, with its tokenizer; `rows` are the train rows. Raises `UserError`."""
-    start = scratch.start(shared, training, source, tokenizer, _auto_class(shared, source), [row["text"] for row in rows])
+    """The model that --from_scratch starts from, with its tokenizer; `rows` gives the train rows. Raises `UserError`."""
+    start = scratch.start(shared, training, source, tokenizer, _auto_class(shared, source), rows)
     return start, models.load_tokenizer(start)
 
 
@@ -101,7 +101,8 @@ def _causal(shared, source, tokenizer, auto_class) -> Task:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(end)
     return Task("pretrain", "CAUSAL_LM", auto_class, source, tokenizer, shared.max_length,
-                encode=partial(encode_blocks, tokenizer=tokenizer, max_length=shared.max_length),
+                encode=partial(encode_blocks, tokenizer=tokenizer, max_length=shared.max_length,
+                               processes=shared.preprocessing_num_workers),
                 collate=partial(collate_blocks, pad_id=tokenizer.pad_token_id), loss=losses.next_token,
                 generation=GenerationConfig(eos_token_id=[end], pad_token_id=tokenizer.pad_token_id, bos_token_id=begin))
 
@@ -115,8 +116,8 @@ def ends(tokenizer) -> tuple[int | None, int]:
     return begin, tokenizer.convert_tokens_to_ids(end)
 
 
-def encode_blocks(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer,
-                  max_length: int) -> tuple[Dataset, dict]:
+def encode_blocks(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int,
+                  processes: int | None = None) -> tuple[Dataset, dict]:
     """Join texts and cut them into blocks: columns input_ids, labels and the bytes of UTF-8 that a block predicts.
 
     Each text is followed by the token that ends it. A block begins with the last token of the one before, which is read there and not
@@ -124,22 +125,42 @@ def encode_blocks(rows: list[dict], name: str, on_bad_row: str = "stop", trainin
     what stands before it in its block, be it of another text. The last block is as short as it must be.
     """
     begin, end = ends(tokenizer)
-    first = [end] if begin is None else []  # nothing stands before the first text otherwise
-    ids, labels, sizes = [first], [[IGNORE] * len(first)], [[0] * len(first)]
-    for text, tokens, offsets, _ in _tokenized([row["text"] for row in rows], name, tokenizer):
-        before = [] if begin is None else [begin]  # read, not written: no model learns to write it
-        of_tokens = token_bytes(text, offsets)
-        ids.append([*before, *tokens, end])
-        labels.append([IGNORE] * len(before) + [*tokens, end])
-        sizes.append([0] * len(before) + [*of_tokens, len(text.encode()) - sum(of_tokens)])
-    ids, labels, sizes = (np.concatenate(parts).astype(np.int64) for parts in (ids, labels, sizes))
-    starts = range(0, len(ids) - 1, max_length - 1)
-    features = {"input_ids": [ids[s: s + max_length] for s in starts], "labels": [labels[s: s + max_length] for s in starts],
-                "bytes": [int(sizes[s + 1: s + max_length].sum()) for s in starts]}
-    return Dataset.from_dict(features), {
+    texts, counts, _, _ = encoding.encode(rows, name, partial(_whole, tokenizer=tokenizer, begin=begin, end=end), "text", on_bad_row,
+                                          processes)
+    blocks = encoding.dataset(_blocks(texts, begin, end, max_length))
+    return blocks, {
         "unit": UNIT, "rows": len(rows), "kept": len(rows), "left_out": [], "refused": {}, "items": "tokens", "shortened": 0,
-        "tokens": len(ids), "supervised": int((labels[1:] != IGNORE).sum()), "bytes": int(sizes.sum()), "blocks": len(starts),
-        "sentences": [f"joined into {len(starts)} blocks of {max_length} tokens, {sizes.sum():,} bytes of text"]}
+        "tokens": counts["tokens"] + (begin is None), "supervised": counts["supervised"], "bytes": counts["bytes"], "blocks": len(blocks),
+        "sentences": [f"joined into {len(blocks)} blocks of {max_length} tokens, {counts['bytes']:,} bytes of text"]}
+
+
+def _whole(row: dict, tokenizer, begin: int | None, end: int) -> tuple[dict, dict]:
+    """A text's tokens, the one that ends it included, and the bytes of each."""
+    [(text, tokens, offsets, _)] = _tokenized([row["text"]], tokenizer)
+    of_tokens, size = token_bytes(text, offsets), len(text.encode())
+    before = [] if begin is None else [begin]
+    return ({"tokens": [*before, *tokens, end], "sizes": [0] * len(before) + [*of_tokens, size - sum(of_tokens)]},
+            {"tokens": len(before) + len(tokens) + 1, "supervised": len(tokens) + 1, "bytes": size})
+
+
+def _blocks(texts, begin: int | None, end: int, max_length: int):
+    ids = [end] if begin is None else []  # nothing stands before the first text otherwise
+    labels, sizes = [IGNORE] * len(ids), [0] * len(ids)
+
+    def block(start):
+        cut = slice(start, start + max_length)
+        return {"input_ids": ids[cut], "labels": labels[cut], "bytes": sum(sizes[cut][1:])}
+
+    for text in texts:
+        ids += text["tokens"]
+        labels += text["tokens"] if begin is None else [IGNORE, *text["tokens"][1:]]  # begin is read, not written
+        sizes += text["sizes"]
+        starts = range(0, len(ids) - max_length + 1, max_length - 1)
+        yield from map(block, starts)
+        for part in (ids, labels, sizes):
+            del part[: len(starts) * (max_length - 1)]
+    if len(ids) > 1:
+        yield block(0)
 
 
 def collate_blocks(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
@@ -147,14 +168,10 @@ def collate_blocks(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]
     return chat.pad(features, pad_id) | {"bytes": torch.tensor([feature["bytes"] for feature in features])}
 
 
-def _tokenized(texts: list[str], name: str, tokenizer):
+def _tokenized(texts: list[str], tokenizer):
     """(text, its token ids, the characters and the word that each token belongs to) of each text, without special tokens."""
-    with tqdm(total=len(texts), desc=f"Tokenizing {Path(name).name}", unit="texts", leave=False) as bar:
-        for start in range(0, len(texts), 1000):
-            some = texts[start: start + 1000]
-            out = tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            yield from zip(some, out["input_ids"], out["offset_mapping"], map(out.word_ids, range(len(some))), strict=True)
-            bar.update(len(some))
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return zip(texts, out["input_ids"], out["offset_mapping"], map(out.word_ids, range(len(texts))), strict=True)
 
 
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
@@ -189,13 +206,13 @@ def _masked(shared, source, tokenizer, auto_class) -> Task:
         outputs = {"outputs": lambda parts: (_told(parts[1]),), "metrics": lambda told, labels: next_sentence_accuracy(told)}
     return Task("pretrain", "FEATURE_EXTRACTION", auto_class, source, tokenizer, shared.max_length,
                 encode=partial(encode_masked, tokenizer=tokenizer, max_length=shared.max_length, next_sentence=shared.next_sentence,
-                               draw=draw),
+                               draw=draw, processes=shared.preprocessing_num_workers),
                 collate=partial(collate_masked, pad_id=tokenizer.pad_token_id, epoch=epoch.now, draw=draw), callbacks=[epoch],
                 loss=losses.masked_and_next_sentence if shared.next_sentence else losses.same_token, **outputs)
 
 
-def encode_masked(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int,
-                  next_sentence: bool, draw) -> tuple[Dataset, dict]:
+def encode_masked(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int,
+                  next_sentence: bool, draw, processes: int | None = None) -> tuple[Dataset, dict]:
     """Cut texts into rows that fit: columns input_ids, words (which word a token belongs to, -1 for what is never asked for), sizes (bytes
     of each token) and row (its number); for pairs token_type_ids and next_sentence too. Without `training`, the words to ask for are drawn
     here, once: input_ids, labels and bytes, as `masked` makes them.
@@ -204,44 +221,62 @@ def encode_masked(rows: list[dict], name: str, on_bad_row: str = "stop", trainin
     a row is a pair. A word that the tokenizer does not know is not asked for, as nothing could be learned but not to know it; a row of such
     words alone is left out. Raises `UserError`.
     """
-    room = max_length - (3 if next_sentence else 2)
-    parts = [sentences_of(row["text"]) if next_sentence else [row["text"]] for row in rows]
-    encodings = _tokenized([part for own in parts for part in own], name, tokenizer)
-    documents = [[piece for _ in own for piece in _cut(whole_words(*next(encodings)), room // 2 if next_sentence else room)]
-                 for own in parts]
-    left_out = [number for number, document in enumerate(documents, start=1) if not document]
-    if next_sentence:
-        features = _pairs([document for document in documents if document], tokenizer, room)
-    else:
-        features = [_feature(tokenizer, piece) for document in documents for piece in document]
-    known = [feature for feature in features if max(feature["words"]) >= 0]
-    if not known:
+    room, counts = max_length - (3 if next_sentence else 2), Counter()
+    one = partial(_document, tokenizer=tokenizer, room=room // 2 if next_sentence else room, split=next_sentence)
+    documents, _, left_out, _ = encoding.encode(rows, name, one, "text", on_bad_row, processes)
+
+    def known():
+        made = _pairs(documents, tokenizer, room) if next_sentence else (
+            _feature(tokenizer, piece) for document in documents for piece in _pieces(document))
+        for feature in made:
+            tokens, unknown = len(feature["input_ids"]), feature["input_ids"].count(tokenizer.unk_token_id)
+            counts.update(read=tokens, unknown=unknown)
+            if max(feature["words"]) < 0:
+                counts["strange"] += 1
+                continue
+            feature["row"] = counts["rows"]
+            counts.update(rows=1, tokens=tokens, drawn=_wanted(feature["words"]), bytes=sum(feature["sizes"]))
+            counts["pair", feature.get("next_sentence")] += 1
+            yield feature if training else draw(feature, (FIXED, FIXED, feature["row"]))
+
+    features = encoding.dataset(known()) if documents else None
+    if features is None:
         raise UserError(f"{name}: the tokenizer knows no word of the texts")
-    tokens, unknown = (sum(counted(feature["input_ids"]) for feature in features)
-                       for counted in (len, lambda ids: ids.count(tokenizer.unk_token_id)))
-    features, strange = known, len(features) - len(known)
-    drawn = sum(_wanted(feature["words"]) for feature in features)
-    sentences = [f"cut into {len(features)} rows of at most {max_length} tokens",
-                 f"{drawn:,} words are asked for, " + ("in each epoch others" if training else "the same in every evaluation")]
+    sentences = [f"cut into {counts['rows']} rows of at most {max_length} tokens",
+                 f"{counts['drawn']:,} words are asked for, " + ("in each epoch others" if training else "the same in every evaluation")]
     if left_out:
         sentences.append(f"{len(left_out)} texts hold no word that the tokenizer finds and are left out")
-    if unknown:
-        sentences.append(f"{unknown:,} of {tokens:,} tokens are unknown to the tokenizer ({tokenizer.unk_token}): they are never asked for"
-                         + (f", and {strange} rows of nothing else are left out" if strange else ""))
+    if counts["unknown"]:
+        sentences.append(f"{counts['unknown']:,} of {counts['read']:,} tokens are unknown to the tokenizer ({tokenizer.unk_token}): they "
+                         "are never asked for"
+                         + (f", and {counts['strange']} rows of nothing else are left out" if counts["strange"] else ""))
     if next_sentence:
-        pairs = Counter(feature["next_sentence"] for feature in features)
-        if training and not (pairs[0] and pairs[1]):
+        following, strangers, alone = (counts["pair", answer] for answer in (0, 1, IGNORE))
+        if training and not (following and strangers):
             raise UserError(f"{name}: --next_sentence needs several texts, and several sentences in a text: leave it out")
-        sentences.append(f"pairs: {pairs[0]} of sentences that follow each other, {pairs[1]} of different texts"
-                         + (f"; {pairs[IGNORE]} rows have one text and are not asked" if pairs[IGNORE] else ""))
-    for number, feature in enumerate(features):
-        feature["row"] = number
-    counts = {"unit": UNIT, "rows": len(rows), "kept": len(rows) - len(left_out), "left_out": left_out, "refused": {}, "items": "words",
-              "shortened": 0, "tokens": sum(len(feature["input_ids"]) for feature in features), "unknown": unknown, "supervised": drawn,
-              "bytes": sum(sum(feature["sizes"]) for feature in features), "blocks": len(features), "sentences": sentences}
-    if not training:
-        features = [draw(feature, (FIXED, FIXED, feature["row"])) for feature in features]
-    return Dataset.from_list(features), counts
+        sentences.append(f"pairs: {following} of sentences that follow each other, {strangers} of different texts"
+                         + (f"; {alone} rows have one text and are not asked" if alone else ""))
+    return features, {
+        "unit": UNIT, "rows": len(rows), "kept": len(rows) - len(left_out), "left_out": left_out, "refused": {}, "items": "words",
+        "shortened": 0, "tokens": counts["tokens"], "unknown": counts["unknown"], "supervised": counts["drawn"], "bytes": counts["bytes"],
+        "blocks": counts["rows"], "sentences": sentences}
+
+
+def _document(row: dict, tokenizer, room: int, split: bool) -> tuple[dict | None, dict]:
+    """The words of a text in pieces of at most `room` tokens, flat: tokens, the bytes of each, tokens of each word, words of each piece.
+    `split`: no piece is of more than one sentence."""
+    parts = sentences_of(row["text"]) if split else [row["text"]]
+    pieces = [piece for part in _tokenized(parts, tokenizer) for piece in _cut(whole_words(*part), room)] if parts else []
+    words = [word for piece in pieces for word in piece]
+    return {"tokens": [token for word in words for token, _ in word], "sizes": [size for word in words for _, size in word],
+            "words": [*map(len, words)], "pieces": [*map(len, pieces)]} if pieces else None, {}
+
+
+def _pieces(document: dict) -> list[list[list[tuple[int, int]]]]:
+    """The pieces of a text that `_document` laid flat, each a list of words as `whole_words` has them."""
+    tokens = zip(document["tokens"], document["sizes"], strict=True)
+    words = iter([list(islice(tokens, n)) for n in document["words"]])
+    return [list(islice(words, n)) for n in document["pieces"]]
 
 
 def whole_words(text: str, ids: list[int], offsets: list[tuple[int, int]], word_ids: list[int]) -> list[list[tuple[int, int]]]:
@@ -295,16 +330,16 @@ def _feature(tokenizer, first: list[list], second: list[list] | None = None, nex
     return feature if next_sentence is None else feature | {"token_type_ids": types, "next_sentence": next_sentence}
 
 
-def _pairs(documents: list[list[list]], tokenizer, room: int) -> list[dict]:
+def _pairs(documents, tokenizer, room: int):
     """Rows of two texts of whole sentences each, at most `room` tokens together: half of them follow each other, of the other half the
     second is from a text drawn at random, and what would have followed begins the next row (as in BERT's own code). So every sentence
     stands in one row as its own, and in others perhaps as a stranger.
 
-    `documents` are texts, each a list of sentences in words, none of them longer than half the room. The last sentence of a text has none
-    to follow it, so it gets a stranger; the others make up for that as far as they can. The pairs are drawn once.
+    `documents` are texts as `_document` has them, their pieces sentences, none of them longer than half the room. The last sentence of a
+    text has none to follow it, so it gets a stranger; the others make up for that as far as they can. The pairs are drawn once.
     """
-    rng, counts, features = np.random.default_rng(FIXED), Counter(), []
-    for number, document in enumerate(documents):
+    rng, counts = np.random.default_rng(FIXED), Counter()
+    for number, document in enumerate(map(_pieces, documents)):
         start = 0
         while start < len(document):
             stop, length = start + 1, _length(document[start])
@@ -317,12 +352,11 @@ def _pairs(documents: list[list[list]], tokenizer, room: int) -> list[dict]:
             if middle < stop and (behind or len(documents) == 1):
                 second, answer, middle = sum(document[middle:stop], []), 0, stop
             elif len(documents) > 1:
-                other = documents[(number + int(rng.integers(1, len(documents)))) % len(documents)]
+                other = _pieces(documents[(number + int(rng.integers(1, len(documents)))) % len(documents)])
                 second, answer = _opening(other[int(rng.integers(len(other))):], room - _length(first)), 1
             counts[answer] += 1
-            features.append(_feature(tokenizer, first, second, answer))
+            yield _feature(tokenizer, first, second, answer)
             start = middle
-    return features
 
 
 def _opening(sentences: list[list], room: int) -> list:
@@ -432,7 +466,7 @@ def write_on(name: str, model, task: Task, texts: list[str], options) -> tuple[l
     begin, end = ends(task.tokenizer)
     limit = min(BEGINNING, generation.room(model, 0) // 2)
     new = min(options.max_new_tokens, generation.room(model, limit + 1))
-    ids = [tokens for _, tokens, _, _ in _tokenized(texts, "samples", task.tokenizer)]
+    ids = [tokens for _, tokens, _, _ in _tokenized(texts, task.tokenizer)]
     halves = [min(limit, (len(tokens) + 1) // 2) for tokens in ids]
     prompts = [[end if begin is None else begin, *tokens[:half]] for tokens, half in zip(ids, halves, strict=True)]
     written, _ = processes.divided(lambda own: generation.replies(model, task.tokenizer, own, new, options.batch_size,

@@ -8,15 +8,13 @@ nothing begins a span, as conlleval and seqeval read it; such tags are counted.
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
-from recipes.common import data, evaluation, losses, metrics, models
+from recipes.common import data, encoding, evaluation, losses, metrics, models
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task, flags
@@ -60,45 +58,23 @@ def make(shared, source, tokenizer, facts) -> Task:
     names = list(facts["labels"])
     return Task("tag", "TOKEN_CLS", AutoModelForTokenClassification, source, tokenizer, shared.max_length,
                 encode=partial(encode, tokenizer=tokenizer, max_length=shared.max_length, labels=names,
-                               last=models.kind(source) == "decoder"),
+                               last=models.kind(source) == "decoder", processes=shared.preprocessing_num_workers),
                 collate=partial(collate, tokenizer=tokenizer), loss=losses.words, outputs=_likeliest,
                 metrics=partial(dev_metrics, names=names), per_token=False,
                 config={"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
 
 
-def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int,
-           labels: list[str], last: bool = False) -> tuple[Dataset, dict]:
+def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, max_length: int, labels: list[str],
+           last: bool = False, processes: int | None = None) -> tuple[Dataset, dict]:
     """Tokenize rows into columns input_ids, (token_type_ids,) labels, each as long as the row's tokens, and words: the numbers of the
     words that have a label, in order. The label stands at a word's first token, or at its `last`.
 
     Words beyond `max_length` tokens and words that the tokenizer makes nothing of have no label. A type that the train rows lack is
     learned and predicted as O. Raises `UserError` if no word is left.
     """
-    index, features, counts, unknown = {label: i for i, label in enumerate(labels)}, [], Counter(), Counter()
-    blank = _blanks(tokenizer)
-    for row in tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False):
-        tokens, tags = row["tokens"], row["tags"]
-        whole = tokenizer(spaced(tokens) if blank else tokens, is_split_into_words=True)
-        encoding = tokenizer(spaced(tokens) if blank else tokens, is_split_into_words=True, truncation=True, max_length=max_length)
-        # Cut words of a decoder have no last token: whole words only.
-        sizes, places = Counter(whole.word_ids()), {}
-        for at, word in enumerate(encoding.word_ids()):
-            if word is not None:
-                places.setdefault(word, []).append(at)
-        places = {word: at for word, at in places.items() if len(at) == sizes[word]}
-        feature = {key: encoding[key] for key in ("input_ids", "token_type_ids") if key in encoding}
-        feature["labels"], feature["words"] = [IGNORE] * len(encoding["input_ids"]), list(places)
-        for word, at in places.items():
-            feature["labels"][at[-1] if last else at[0]] = index.get(tags[word], 0)
-        features.append(feature)
-        unknown.update(tag[2:] for tag in tags if tag not in index)
-        counts["stray"] += sum(tag[0] == "I" and (i == 0 or tags[i - 1][1:] != tag[1:]) for i, tag in enumerate(tags))
-        counts["shortened"] += len(whole["input_ids"]) > max_length
-        counts["empty"] += len(tokens) - len(sizes.keys() - {None})
-        counts["unread"] += sum(encoding["input_ids"][at[0]] == tokenizer.unk_token_id for at in places.values())
-        counts["beyond"] += len(sizes.keys() - {None}) - len(places)
-        counts["tokens"] += len(encoding["input_ids"])
-        counts["supervised"] += len(places)
+    one = partial(_encode, tokenizer=tokenizer, max_length=max_length, index={label: i for i, label in enumerate(labels)}, last=last,
+                  blank=_blanks(tokenizer))
+    features, counts, _, _ = encoding.encode(rows, name, one, "row", on_bad_row, processes)
     if not counts["supervised"]:
         raise UserError(f"{name}: no word has a token within --max_length {max_length}; raise --max_length")
     sentences = []
@@ -110,14 +86,41 @@ def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool
                          f"{'not trained on' if training else 'predicted as O'}")
     if counts["stray"]:
         sentences.append(f"{counts['stray']} tags I-... continue no span of their type: each begins one")
+    unknown = {key[1]: n for key, n in counts.items() if isinstance(key, tuple)}
     if unknown:
-        sentences.append(f"{unknown.total()} words have types that the train rows lack ({', '.join(sorted(unknown))}): they can't be found")
+        sentences.append(f"{sum(unknown.values())} words have types that the train rows lack ({', '.join(sorted(unknown))}): they can't be "
+                         "found")
     if counts["unread"]:
         sentences.append(f"{counts['unread']} of {counts['supervised']} words are unknown to the tokenizer, and the same "
                          f"{tokenizer.unk_token} to the model: it goes by what stands around them")
-    return Dataset.from_list(features), {
+    return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": [], "refused": {}, "items": "words",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+
+
+def _encode(row: dict, tokenizer, max_length: int, index: dict[str, int], last: bool, blank: bool) -> tuple[dict, Counter]:
+    tokens, tags = row["tokens"], row["tags"]
+    whole = tokenizer(spaced(tokens) if blank else tokens, is_split_into_words=True)
+    encoding = tokenizer(spaced(tokens) if blank else tokens, is_split_into_words=True, truncation=True, max_length=max_length)
+    # Cut words of a decoder have no last token: whole words only.
+    sizes, places = Counter(whole.word_ids()), {}
+    for at, word in enumerate(encoding.word_ids()):
+        if word is not None:
+            places.setdefault(word, []).append(at)
+    places = {word: at for word, at in places.items() if len(at) == sizes[word]}
+    feature = {key: encoding[key] for key in ("input_ids", "token_type_ids") if key in encoding}
+    feature["labels"], feature["words"] = [IGNORE] * len(encoding["input_ids"]), list(places)
+    for word, at in places.items():
+        feature["labels"][at[-1] if last else at[0]] = index.get(tags[word], 0)
+    counts = Counter(("unknown", tag[2:]) for tag in tags if tag not in index)
+    counts["stray"] = sum(tag[0] == "I" and (i == 0 or tags[i - 1][1:] != tag[1:]) for i, tag in enumerate(tags))
+    counts["shortened"] = len(whole["input_ids"]) > max_length
+    counts["empty"] = len(tokens) - len(sizes.keys() - {None})
+    counts["unread"] = sum(encoding["input_ids"][at[0]] == tokenizer.unk_token_id for at in places.values())
+    counts["beyond"] = len(sizes.keys() - {None}) - len(places)
+    counts["tokens"] = len(encoding["input_ids"])
+    counts["supervised"] = len(places)
+    return feature, counts
 
 
 def _blanks(tokenizer) -> bool:

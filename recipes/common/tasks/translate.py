@@ -5,17 +5,14 @@ Rows are {"source", "target"}; for scoring, "refs" may hold several targets. An 
 templates, masks and generation are those of the chat task.
 """
 
-from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from recipes.common import chat, data, evaluation, generation, losses, metrics, models, processes
+from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models, processes
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.tasks import Task
@@ -58,8 +55,8 @@ def make(shared, source, tokenizer, facts) -> Task:
         return _encoder_decoder(shared, source, tokenizer)
     if shared.source_prefix:
         raise UserError(f"--source_prefix is for encoder-decoders; {source.used} is a decoder-only model: use --instruction")
-    task = chat_task.make(shared, source, tokenizer, facts)
-    task.name, task.encode = "translate", partial(_encode_dialogue, instruction=shared.instruction, encode=task.encode)
+    task = chat_task.make(shared, source, tokenizer, facts, turns=partial(dialogue, instruction=shared.instruction))
+    task.name, task.encode = "translate", partial(_encode_dialogue, encode=task.encode)
     return task
 
 
@@ -69,42 +66,41 @@ def _encoder_decoder(shared, source, tokenizer) -> Task:
                         "(Marian), or one that is asked in words (T5)")
     if tokenizer.eos_token is None or tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {source.used} has no token that ends or pads a text: use another encoder-decoder")
+    one = partial(_encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length)
     return Task("translate", "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, source, tokenizer, shared.max_length,
-                encode=partial(encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length),
+                encode=partial(encode, one=one, max_length=shared.max_length, processes=shared.preprocessing_num_workers), one=one,
                 collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
                 generation=models.own_generation_config(source))
 
 
-def encode(rows: list[dict], name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, prefix: str,
-           max_length: int) -> tuple[Dataset, dict]:
+def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, one: encoding.One, max_length: int,
+           processes: int | None = None) -> tuple[Dataset, dict]:
     """Tokenize pairs into columns input_ids (the source) and labels (the target and the token that ends it).
 
     A source of more than `max_length` tokens loses its end; a pair whose target is longer is left out, as a target without its end would
     teach the model not to stop. Both are counted. Raises `UserError` when nothing is left.
     """
-    features, counts, left_out = [], Counter(), []
-    for number, row in enumerate(tqdm(rows, desc=f"Tokenizing {Path(name).name}", unit="rows", leave=False), start=1):
-        ids, shortened = _read(prefix + row["source"], tokenizer, max_length)
-        labels = tokenizer(text_target=_target(row))["input_ids"]
-        if labels[-1:] != [tokenizer.eos_token_id]:
-            labels.append(tokenizer.eos_token_id)
-        if len(labels) > max_length:
-            left_out.append(number)
-            continue
-        features.append({"input_ids": ids, "labels": labels})
-        counts["shortened"] += shortened
-        counts["tokens"] += len(ids) + len(labels)
-        counts["supervised"] += len(labels)
-    if not features:
+    features, counts, left_out, _ = encoding.encode(rows, name, one, "pair", on_bad_row, processes)
+    if features is None:
         raise UserError(f"{name}: every target is longer than --max_length {max_length}: raise it")
     sentences = _first_of_several(rows)
     if counts["shortened"]:
         sentences.append(f"{counts['shortened']} sources exceed --max_length {max_length} and lost their end")
     if left_out:
         sentences.append(f"left out, as their target exceeds --max_length {max_length}: {len(left_out)} pairs")
-    return Dataset.from_list(features), {
+    return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": {}, "items": "tokens",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+
+
+def _encode(row: dict, tokenizer, prefix: str, max_length: int) -> tuple[dict | None, dict]:
+    ids, shortened = _read(prefix + row["source"], tokenizer, max_length)
+    labels = tokenizer(text_target=_target(row))["input_ids"]
+    if labels[-1:] != [tokenizer.eos_token_id]:
+        labels.append(tokenizer.eos_token_id)
+    if len(labels) > max_length:
+        return None, {}
+    return {"input_ids": ids, "labels": labels}, {"shortened": shortened, "tokens": len(ids) + len(labels), "supervised": len(labels)}
 
 
 def _read(text: str, tokenizer, max_length: int) -> tuple[list[int], bool]:
@@ -138,8 +134,8 @@ def dialogue(row: dict, instruction: str | None) -> list[dict]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": _target(row)}]
 
 
-def _encode_dialogue(rows, name, on_bad_row="stop", training=False, *, instruction, encode):
-    features, counts = encode([{"messages": dialogue(row, instruction)} for row in rows], name, on_bad_row, training)
+def _encode_dialogue(rows, name, on_bad_row="stop", training=False, *, encode):
+    features, counts = encode(rows, name, on_bad_row, training)
     sentences = _first_of_several(rows) + [sentence.replace("dialogues", UNIT) for sentence in counts["sentences"]]
     return features, {**counts, "unit": UNIT, "sentences": sentences}
 
