@@ -157,6 +157,7 @@ def test_make_and_accelerate_add_no_traceback(tmp_path):
     ("lora", ["--report_to", "nosuch"], ["nosuch"]),
     ("lora", ["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0"]),
     ("lora", ["--num_train_epochs", "0", "--max_steps", "-1"], ["--num_train_epochs 0"]),
+    ("lora", ["--save_steps", "2"], ["--save_steps counts only with --save_strategy steps", "epoch"]),
     ("adapter", ["--bottleneck_size", "0"], ["--bottleneck_size", "at least 1"]),
     ("prefix", ["--num_virtual_tokens", "0"], ["--num_virtual_tokens", "'0'", "at least 1"]),
     ("prefix", ["--activation_checkpointing"], ["--activation_checkpointing", "prefix"]),

@@ -362,7 +362,7 @@ def test_what_is_told_before_a_training():
     assert sentences == [
         "1 of 6 train rows repeat an earlier one word for word",
         "1 of 2 dev rows stand in train word for word, so dev scores are too good",
-        "personal data in 6 train rows looked at: e-mail addresses in 1",
+        "personal data (6 train rows looked at): e-mail addresses in 1",
         "95% of the train labels are a, so always saying that would score as much",
         "1 of 3 labels occur fewer than 5 times in train: c"]
     assert (counts["duplicates"], counts["leaks"], counts["personal_data"]["train"]) == (1, 1, {"looked_at": 6, "rows": {"EMAIL": 1}})

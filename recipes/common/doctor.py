@@ -154,7 +154,7 @@ def brief(train: Sequence[dict], dev: Sequence[dict], labels: dict[str, int] | N
         kinds = Counter(kind for i in looked_at for kind in {found.kind for text in texts(rows[i]) for found in find(text)})
         counts["personal_data"][name] = {"looked_at": len(looked_at), "rows": {kind: kinds[kind] for kind in KINDS if kinds[kind]}}
         if kinds:
-            sentences.append(f"personal data in {len(looked_at)} {name} rows looked at: "
+            sentences.append(f"personal data ({len(looked_at)} {name} rows looked at): "
                              + ", ".join(f"{PERSONAL[kind]} in {kinds[kind]}" for kind in KINDS if kinds[kind]))
     if labels and "O" not in labels:  # of tags, most are O
         label, most = max(labels.items(), key=lambda item: item[1])

@@ -98,6 +98,8 @@ class RecipeTrainer(Trainer):
 
     def _say_what_is_repeated(self):
         # Processes need equally many rows in an epoch's last step: Accelerate completes it with the epoch's first ones.
+        if self.shared.streaming:  # there is no epoch
+            return
         a_step = self.args.train_batch_size * self.args.world_size
         missing = -len(self.train_dataset) % a_step
         if self.args.world_size > 1 and missing and not (self.args.dataloader_drop_last or self.shared.tokens_per_step):
