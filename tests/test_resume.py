@@ -165,6 +165,17 @@ def test_a_named_checkpoint_can_be_resumed_into_a_new_folder(some_killed, tiny, 
     assert same(trained(runs[0].model), trained(runs[1].model))
 
 
+def test_the_loss_at_the_end_is_the_mean_over_the_steps_since_the_resume(tiny, data, tmp_path):
+    """Also where the checkpoint lies between two lines of the log, so that losses of before go into the next line."""
+    steps = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no", "--learning_rate", "0.01")
+    each = curve(run_recipe("lora", tiny("gpt2"), data, tmp_path / "each", *steps, "--logging_steps", "1"), "loss")
+    run_recipe("lora", tiny("gpt2"), data, tmp_path / "first", *steps, "--logging_steps", "3")
+    resumed = run_recipe("lora", tiny("gpt2"), data, tmp_path / "second", *steps, "--logging_steps", "3", "--resume_from_checkpoint",
+                         str(tmp_path / "first" / "checkpoint-2"))
+    assert curve(resumed, "loss")[3] == pytest.approx((each[1] + each[2] + each[3]) / 3, abs=1e-4)
+    assert curve(resumed, "train_loss")[4] == pytest.approx((each[3] + each[4]) / 2, abs=1e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_best_checkpoint_is_restored_exactly(variant, tiny, write_jsonl, tmp_path):
     recipe, *own = VARIANTS[variant]

@@ -64,6 +64,7 @@ class Watch(TrainerCallback, ExportableState):
         """After a resume, the next line of the log is the mean over all steps since the last one, also those before the interruption."""
         if self.unlogged:
             self.trainer._tr_loss += self.unlogged[0]
+            self.trainer._total_loss_scalar -= self.unlogged[0]  # the train_loss at the end is a mean over the steps since the resume
             self.trainer._globalstep_last_logged = self.unlogged[1]
         self.started = True
 
