@@ -31,6 +31,8 @@ class MethodArguments(args.Method):
     def check(self, shared, training):
         if training.activation_checkpointing or training.gradient_checkpointing:
             raise UserError("--activation_checkpointing would drop the prefix from the recomputed layers: leave it out for this recipe")
+        if shared.layer_lr_decay != 1:
+            raise UserError("--layer_lr_decay: a prefix belongs to no block of the model, so all of it learns alike: leave it out")
 
     def refuses(self, task, kind):
         if kind == "encoder-decoder" and task in ("classify", "tag"):  # test_matrix.py shows what happens

@@ -161,6 +161,7 @@ def test_make_and_accelerate_add_no_traceback(tmp_path):
     ("adapter", ["--bottleneck_size", "0"], ["--bottleneck_size", "at least 1"]),
     ("prefix", ["--num_virtual_tokens", "0"], ["--num_virtual_tokens", "'0'", "at least 1"]),
     ("prefix", ["--activation_checkpointing"], ["--activation_checkpointing", "prefix"]),
+    ("prefix", ["--layer_lr_decay", "0.9"], ["--layer_lr_decay", "belongs to no block"]),
     ("prefix", ["--gradient_checkpointing", "true"], ["--activation_checkpointing", "prefix"]),
     ("full", ["--train_top_layers", "0"], ["--train_top_layers", "'0'", "at least 1"]),
     ("full", ["--train_top_layers", "9"], ["--train_top_layers 9", "2 blocks"]),
