@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads of processes that tests start beside each other don't spin while they wait
 CACHE = tempfile.TemporaryDirectory()  # of rows and features; gone when the tests end
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
