@@ -447,24 +447,25 @@ def test_higher_is_better_where_it_is():
     ([*FIRST, "adalora", "--budget", "minutes:1"], ["adalora: ", "--max_minutes"]),
     ([*FIRST, "--data", "nowhere"], ["--data nowhere"]),
 ])
-def test_a_mistake_is_told_before_anything_is_trained(words, parts, tmp_path):
-    refused(test_cli.call("scripts/compare.py", *words, "--output_dir", tmp_path / "out"), *parts, untouched=tmp_path / "out")
+def test_a_mistake_is_told_before_anything_is_trained(words, parts, tiny, tmp_path):
+    model = [] if "--model" in words else ["--model", tiny("llama")]  # the bundled one may have to be converted first
+    refused(test_cli.call("scripts/compare.py", *words, *model, "--output_dir", tmp_path / "out"), *parts, untouched=tmp_path / "out")
 
 
-def test_a_folder_of_other_things_and_a_file_that_is_no_recipe_are_refused(tmp_path, broken):
+def test_a_folder_of_other_things_and_a_file_that_is_no_recipe_are_refused(tiny, tmp_path, broken):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("all of it", encoding="utf-8")
-    refused(test_cli.call("scripts/compare.py", *FIRST, "--output_dir", tmp_path / "out"), "holds files that are no comparison's")
+    refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--output_dir", tmp_path / "out"), "holds files that are no comparison's")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     for text, part in (("def main(:", "is no Python file"), ("x = 1\n", "defines no MethodArguments")):
         (tmp_path / "mine.py").write_text(text, encoding="utf-8")
         refused(test_cli.call("scripts/compare.py", "--recipes", tmp_path / "mine.py", "--output_dir", tmp_path / "new"), part)
 
 
-def test_seeds_need_the_same_held_out_rows(write_jsonl, tmp_path):
+def test_seeds_need_the_same_held_out_rows(tiny, write_jsonl, tmp_path):
     path = write_jsonl(DIALOGUES)
-    refused(test_cli.call("scripts/compare.py", *FIRST, "--data", path, "--seeds", "2", "--output_dir", tmp_path / "out"), "--seeds",
-            "no test file")
+    refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--seeds", "2", "--output_dir",
+                          tmp_path / "out"), "--seeds", "no test file")
 
 
 @pytest.mark.parametrize(("words", "parts"), [

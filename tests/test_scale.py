@@ -66,11 +66,11 @@ GOLDEN = {
     "gpt2 --data a.jsonl --on_bad_row skip --max_length 120":
         ("f64a4d301f65", "3d29d4fce26a", "aa485983a05f"),
     "llama --data a.jsonl:0.7 b.jsonl:0.3 --on_bad_row skip --seed 7 --dev_fraction 0.2":
-        ("454eb5af7a8c", "5ed6c181117d", "1439d8150e75"),
+        ("454eb5af7a8c", "5ed6c181117d", "775ad3c31a4c"),
     "llama --data a.jsonl:0.1 b.jsonl:0.9 --on_bad_row skip --max_train_samples 21 --max_eval_samples 2":
-        ("58b41899e097", "36770519689e", "1557aecc59bc"),
+        ("58b41899e097", "36770519689e", "415ed9298c6c"),
     "llama --data b.jsonl c --replay a.jsonl:0.3 --on_bad_row skip":
-        ("f970cdd67285", "eaa0e00bb19c", "14c4f0965a59", "239fa3db5de3"),
+        ("f970cdd67285", "eaa0e00bb19c", "06c47a0da1fc", "239fa3db5de3"),
     "llama --data c --measure_forgetting b.jsonl":
         ("dbc5f6e0d744", "8ae5166f3dcf", "92f5588ce3ef", "d819fc17bc58"),
     "llama --data c --replay b.jsonl:0.5 --max_train_samples 10":

@@ -364,7 +364,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     check_task(shared, argv)
     for name in ("save", "eval"):
         strategy = getattr(training, f"{name}_strategy")
-        if strategy != "steps" and any(word.split("=")[0] == f"--{name}_steps" for word in argv):
+        if strategy == "epoch" and any(word.split("=")[0] == f"--{name}_steps" for word in argv):
             raise UserError(f"--{name}_steps counts only with --{name}_strategy steps, and that is {strategy.value}: add it")
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if best in WRITTEN and not shared.eval_generate_rows:
