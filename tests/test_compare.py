@@ -455,7 +455,8 @@ def test_a_mistake_is_told_before_anything_is_trained(words, parts, tiny, tmp_pa
 def test_a_folder_of_other_things_and_a_file_that_is_no_recipe_are_refused(tiny, tmp_path, broken):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("all of it", encoding="utf-8")
-    refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--output_dir", tmp_path / "out"), "holds files that are no comparison's")
+    refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--output_dir", tmp_path / "out"),
+            "holds files that are no comparison's")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     for text, part in (("def main(:", "is no Python file"), ("x = 1\n", "defines no MethodArguments")):
         (tmp_path / "mine.py").write_text(text, encoding="utf-8")
