@@ -87,3 +87,8 @@ def test_intervals_hold_the_scores_of_the_table(tiny, folder, tmp_path):
         for title, interval in found.items():
             assert interval["value"] == pytest.approx(values[title]) and interval["low"] <= interval["value"] <= interval["high"]
         assert found["loss"]["low"] < found["loss"]["high"]
+
+
+def test_a_result_of_few_items_shows_each_of_them_once():
+    assert evaluation.spread(5, 20) == [0, 1, 2, 3, 4] and evaluation.spread(9, 3) == [0, 4, 8]
+    assert evaluation.spread(1, 3) == [0] and evaluation.spread(0, 3) == []

@@ -57,8 +57,9 @@ def print_slices(evaluation: dict) -> None:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Indices of `wanted` items out of `count`, evenly from the first to the last."""
-    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(min(wanted, count))]
+    """Indices of `wanted` items out of `count`, evenly from the first to the last; all of them if there are fewer."""
+    wanted = min(count, wanted)
+    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
 
 
 def reported(count: int, options) -> list[int]:
