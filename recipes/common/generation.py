@@ -44,7 +44,7 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
     if num_beams > 1:
         return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
     texts, cut = [""] * len(prompts), 0
-    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description or processes.rank() > 0) as bar:
+    with _bar(len(prompts), description) as bar:
         for group in _batches(_chains(prompts), batch_size):
             for i, tokens in _halving(lambda part: _generate(model, tokenizer, prompts, part, max_new_tokens), group).items():
                 texts[i], unended = _text(tokens, model, tokenizer)
@@ -60,7 +60,7 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
     and with beams."""
     model, *others = losses.members(model)
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description or processes.rank() > 0) as bar:
+    with _bar(len(prompts), description) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
@@ -79,7 +79,7 @@ def _together(ensemble, tokenizer, prompts, max_new_tokens: int, batch_size: int
     """`replies` of several models at once: each token is the likeliest by the mean of their next-token probabilities."""
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     ends = torch.tensor(ensemble.members[0].generation_config.eos_token_id, device=ensemble.device)
-    with tqdm(total=len(prompts), desc=description, unit="replies", disable=not description or processes.rank() > 0) as bar:
+    with _bar(len(prompts), description) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
             ids, mask = (tensor.to(ensemble.device) for tensor in left_pad([prompts[i] for i in part], tokenizer.pad_token_id))
@@ -136,6 +136,11 @@ class _Join(LogitsProcessor):
                           use_cache=True).logits[:, -1] for network, read, past in self.others]
         mean = torch.stack([each.float().log_softmax(-1) for each in (scores, *logits)]).logsumexp(0)
         return mean.masked_fill(scores == -math.inf, -math.inf)
+
+
+def _bar(total: int, description: str) -> tqdm:
+    """A progress bar of the first process; none without a description."""
+    return tqdm(total=total, desc=description, unit="replies", disable=not description or processes.rank() > 0)
 
 
 def _halving(run, group: list) -> dict:
