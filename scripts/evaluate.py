@@ -173,6 +173,10 @@ def parse(argv=None):
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
     parser.add_argument("--batch_size", type=args.positive, default=32, help="replies generated at a time (default: 32)")
     parser.add_argument("--num_beams", type=args.positive, default=1, help="translate: beams of the search (default: 1, greedy)")
+    parser.add_argument("--length_penalty", type=float, default=1.0,
+                        help="with beams: the power of its length that divides a text's score; above 1 favours long ones (default: 1)")
+    parser.add_argument("--no_repeat_ngram_size", type=args.whole, default=0,
+                        help="with beams: write no N tokens twice in a text (default: 0, no such rule)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="what to compute in (default: bfloat16 where the hardware has it)")
     parser.add_argument("--samples", type=args.whole, default=3, help="replies shown at the end (default: 3); the report has 20")
@@ -184,6 +188,11 @@ def parse(argv=None):
     options = parser.parse_args(argv)
     if options.latency and processes.count() > 1:
         raise UserError(f"--latency {options.latency} needs the machine for itself, and {processes.count()} processes share it: use one")
+    for flag, unused in (("length_penalty", 1), ("no_repeat_ngram_size", 0)):
+        if options.num_beams == 1 and getattr(options, flag) != unused:
+            parser.error(f"--{flag} {getattr(options, flag):g} is a rule of the beam search: give --num_beams 2 or more with it")
+    if not math.isfinite(options.length_penalty):
+        parser.error(f"--length_penalty {options.length_penalty} must be a number, such as 0.9")
     if options.num_beams > 1 and len(options.run) > 1:
         parser.error("--num_beams: several runs write together greedily; leave it out")
     return options

@@ -10,7 +10,7 @@ import math
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor
+from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, NoRepeatNGramLogitsProcessor
 
 from recipes.common import chat, faults, losses, processes
 from recipes.common.errors import UserError
@@ -32,17 +32,17 @@ def limit(model, max_length: int, max_new_tokens: int) -> int:
 
 @torch.inference_mode()
 def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 128, batch_size: int = 32,
-            description: str = "Generating", num_beams: int = 1) -> tuple[list[str], int]:
+            description: str = "Generating", num_beams: int = 1, **search) -> tuple[list[str], int]:
     """Greedy replies to `prompts` (token ids), in their order, and how many of them were cut at `max_new_tokens`.
 
     The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
-    whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading; an
-    ensemble writes greedily only. No progress bar without a `description`.
+    whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading,
+    by the rules of `search` (see `write`); an ensemble writes greedily only. No progress bar without a `description`.
     """
     if isinstance(model, losses.Ensemble):
         return _together(model, tokenizer, prompts, max_new_tokens, batch_size, description)
     if num_beams > 1:
-        return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description)
+        return write(model, tokenizer, prompts, left_pad, max_new_tokens, batch_size, num_beams, description, **search)
     texts, cut = [""] * len(prompts), 0
     with _bar(len(prompts), description) as bar:
         for group in _batches(_chains(prompts), batch_size):
@@ -55,9 +55,13 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
 
 @torch.inference_mode()
 def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, batch_size: int, num_beams: int,
-          description: str) -> tuple[list[str], int]:
+          description: str, length_penalty: float = 1.0, no_repeat_ngram_size: int = 0) -> tuple[list[str], int]:
     """Like `replies`, with `model.generate` on batches of similar length: for encoder-decoders (`pad=right_pad`), alone or as an ensemble,
-    and with beams."""
+    and with beams.
+
+    A beam's score is its log-probability / tokens ** length_penalty. No text holds a run of `no_repeat_ngram_size` tokens twice (0: may);
+    what it repeats of the prompt does not count.
+    """
     model, *others = losses.members(model)
     texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with _bar(len(prompts), description) as bar:
@@ -65,9 +69,12 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
             part = order[start: start + batch_size]
             ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
-                                 logits_processor=[_Join(others, ids, mask)] if others else None)
             begun = 1 if losses.network(model).config.is_encoder_decoder else ids.shape[1]  # the start token, or the prompt
+            rules = [_Join(others, ids, mask)] if others else []
+            if no_repeat_ngram_size:
+                rules.append(_NoRepeat(no_repeat_ngram_size, begun))
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
+                                 length_penalty=length_penalty, logits_processor=rules or None)
             for i, tokens in zip(part, out[:, begun:].tolist(), strict=True):
                 texts[i], unended = _text(tokens, model, tokenizer)
                 cut += unended
@@ -136,6 +143,16 @@ class _Join(LogitsProcessor):
                           use_cache=True).logits[:, -1] for network, read, past in self.others]
         mean = torch.stack([each.float().log_softmax(-1) for each in (scores, *logits)]).logsumexp(0)
         return mean.masked_fill(scores == -math.inf, -math.inf)
+
+
+class _NoRepeat(LogitsProcessor):
+    """Forbids to write the same `size` tokens twice. `generate`'s own flag counts the prompt too, whose names a target must repeat."""
+
+    def __init__(self, size: int, begun: int):
+        self.rule, self.begun = NoRepeatNGramLogitsProcessor(size), begun
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.rule(input_ids[:, self.begun:], scores)
 
 
 def _bar(total: int, description: str) -> tqdm:

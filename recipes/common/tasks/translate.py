@@ -175,6 +175,10 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
             for language, refs in zip(languages, references, strict=True)]
     slices = evaluation.slices(keys, chat_task.SLICED.values(), chat_task.sliced(texts, references, languages))
     how = "greedy" if options.num_beams == 1 else f"{options.num_beams} beams"
+    if options.length_penalty != 1:
+        how += f", length penalty {options.length_penalty:g}"
+    if options.no_repeat_ngram_size:
+        how += f", no {options.no_repeat_ngram_size} tokens twice"
     return evaluation.result(COLUMNS.values(), scored, UNIT, len(rows), notes=notes, samples=samples, predictions=predictions,
                              losses=losses, slices=slices, signature=f"{signature}; {how}, at most {options.max_new_tokens} new tokens")
 
@@ -182,6 +186,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
 def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
     """A model's own target for each row, and how many were cut at --max_new_tokens. Sources that don't fit give an empty target."""
     flags = record["shared_arguments"]
+    search = {"length_penalty": options.length_penalty, "no_repeat_ngram_size": options.no_repeat_ngram_size}
     if task.peft_type == "CAUSAL_LM":
         limit = generation.limit(model, task.max_length, options.max_new_tokens)
         prompts = [chat.prompt(dialogue(row, flags["instruction"])[:1], task.tokenizer, limit) for row in rows]
@@ -189,7 +194,8 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
         if len(fitting) < len(rows):
             print(f"note: {len(rows) - len(fitting)} sources exceed the {limit} tokens that --max_length leaves; their targets are empty")
         texts, cut = processes.divided(lambda own: generation.replies(
-            model, task.tokenizer, own, options.max_new_tokens, options.batch_size, f"Targets of {name}", options.num_beams), fitting)
+            model, task.tokenizer, own, options.max_new_tokens, options.batch_size, f"Targets of {name}", options.num_beams, **search),
+            fitting)
         texts = iter(texts)
         return [next(texts) if ids is not None else "" for ids in prompts], cut
     if generation.room(model, options.max_new_tokens) < 0:
@@ -201,4 +207,4 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
         print(f"note: {name} reads {sum(shortened)} sources without their end, as they exceed --max_length {task.max_length}")
     return processes.divided(lambda own: generation.write(
         model, task.tokenizer, own, generation.right_pad, options.max_new_tokens, options.batch_size, options.num_beams,
-        f"Targets of {name}"), sources)
+        f"Targets of {name}", **search), sources)
