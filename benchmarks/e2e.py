@@ -14,9 +14,9 @@ that data. `score` scores a predictions file of a run, or a text with an output 
 finished runs of --task translate side by side.
 
 The scores are those of the challenge's scripts (github.com/tuetschek/e2e-metrics): BLEU and NIST as mteval-v13a has them, in lower case;
-METEOR 1.5, ROUGE-L and CIDEr as the COCO caption evaluation has them, whose Java programs cut the texts. Without Java these three are left
-out, and a line says so. BLEU, METEOR and ROUGE-L run from 0 to 100. In brackets the 95 % interval over the choice of items, as the bootstrap
-gives it; METEOR has none, as its score of a corpus is no function of sums that its program tells.
+METEOR 1.5, ROUGE-L and CIDEr as the COCO caption evaluation has them, whose Java programs cut the texts. Without Java these three are
+left out, and a line says so. BLEU, METEOR and ROUGE-L run from 0 to 100. In brackets stands the 95 % interval over the choice of items, as
+the bootstrap gives it; METEOR has none, as its program tells no sums to draw from.
 """
 
 import argparse
@@ -60,13 +60,13 @@ class Row:
 
 # Prefix-tuning, table 6 (linear schedule without warm-up, 5 beams); LoRA, table 11 (length penalty 0.9; its repository decodes with 0.8).
 _LINEAR = "--lr_scheduler_type linear --warmup_steps 0 --weight_decay 0"
-_BEAMS = "--num_beams 5 --max_new_tokens 100"
+_BEAMS = "--num_beams 5"
 ROWS = {
     "full": Row("full", f"--learning_rate 5e-5 --num_train_epochs 5 --per_device_train_batch_size 10 {_LINEAR}", _BEAMS,
                 {LORA: ("354.92M", 68.2, 8.62, 46.2, 71.0, 2.47), PREFIX: ("100%", 68.8, 8.71, 46.1, 71.1, 2.43)}, 354_823_168,
-                "as in the papers"),
+                "the papers count some 0.1M more"),
     "top2": Row("full", f"--train_top_layers 2 --learning_rate 5e-5 --num_train_epochs 5 --per_device_train_batch_size 10 {_LINEAR}",
-                _BEAMS, {LORA: ("25.19M", 68.1, 8.59, 46.0, 70.8, 2.41), PREFIX: ("FT-top2", 68.1, 8.59, 46.0, 70.8, 2.41)}, 76_657_664,
+                _BEAMS, {LORA: ("25.19M", 68.1, 8.59, 46.0, 70.8, 2.41), PREFIX: ("top 2", 68.1, 8.59, 46.0, 70.8, 2.41)}, 76_657_664,
                 "the head is trained too, and with it the embedding, whose weights GPT-2 shares with it"),
     "adapter-small": Row("adapter", "--placement pfeiffer --bottleneck_size 7 --learning_rate 8e-5 --num_train_epochs 10 "
                          f"--per_device_train_batch_size 5 {_LINEAR}", _BEAMS,
@@ -108,7 +108,7 @@ def main():
     train_parser.add_argument("--limit", type=int, help="describe only the first N items of test")
     data_parser = commands.add_parser("data", help="write the data in the papers' form")
     data_parser.add_argument("data", metavar="FOLDER", help="the folder that data/prepare/e2e_nlg.py wrote")
-    data_parser.add_argument("output_dir", metavar="OUT", help="a folder that does not exist yet")
+    data_parser.add_argument("output_dir", metavar="OUT", help="the folder to write")
     score_parser = commands.add_parser("score", help="the official scores of outputs")
     score_parser.add_argument("file", help="predictions-SPLIT.jsonl of a run, or a text with an output a line")
     score_parser.add_argument("--data", help="for a text: the folder with the references")
@@ -192,11 +192,14 @@ def papers_form(meaning: str) -> str:
 
 
 def linearise(source: Path, out: Path) -> list[str]:
-    """Write the files of the folder `source` into the new folder `out`, with sources in the papers' form; a sentence for each file."""
+    """Write the files of the folder `source` into the folder `out`, with sources in the papers' form; a sentence for each file.
+
+    Raises `UserError` for an `out` that holds anything but these files.
+    """
     from recipes.common import data
 
-    if out.exists():
-        raise UserError(f"{out} exists: remove it, or name another folder")
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder: name the one that data/prepare/e2e_nlg.py wrote")
     written, sentences = {}, []
     for split, path in data.find(str(source)).items():
         rows = read_rows(path)
@@ -205,11 +208,13 @@ def linearise(source: Path, out: Path) -> list[str]:
                 row["source"] = papers_form(row["source"])
             except ValueError as error:
                 raise UserError(f"{path}, row {number}: {error}") from None
-        written[split] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        written[out / f"{split}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         sentences.append(f"{out / f'{split}.jsonl'}: {len(rows)} rows of {path}; the first source: {rows[0]['source']}")
-    out.mkdir(parents=True)
-    for split, text in written.items():
-        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    if out.exists() and {path: path.read_text(encoding="utf-8") for path in out.iterdir()} != written:
+        raise UserError(f"{out} holds something else: remove it, or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
     return sentences
 
 
@@ -272,8 +277,7 @@ def measure(outputs: list[str], references: list[list[str]]) -> dict[str, tuple]
 
     outputs = [" ".join(text.split()) for text in outputs]  # a line break would end an item
     references = [[" ".join(text.split()) for text in refs] for refs in references]
-    mteval = lower_bleu()
-    counts = {"BLEU": (bleu_counts(mteval, outputs, references), item_scores._corpus(mteval)),
+    counts = {"BLEU": (bleu_counts(outputs, references), item_scores.METRICS["bleu"].score),
               "NIST": (nist_counts(outputs, references), nist)}
     alone = {}
     if not unavailable():
@@ -298,28 +302,24 @@ def unavailable() -> str | None:
     return None if shutil.which("java") else "their programs need Java, and there is no `java` on the path"
 
 
-def lower_bleu():
-    """BLEU in lower case, cut as mteval-v13a does: that of the official scripts."""
-    import sacrebleu
-
-    return sacrebleu.BLEU(lowercase=True, tokenize="13a", force=True)
-
-
-def bleu_counts(mteval, outputs: list[str], references: list[list[str]]):
-    """Counts of each item (items, 10), whose sums give corpus BLEU."""
+def bleu_counts(outputs: list[str], references: list[list[str]]):
+    """Counts of each item (items, 10), whose sums give corpus BLEU in lower case, cut as mteval-v13a does."""
     import numpy as np
+    import sacrebleu
 
     from recipes.common import metrics
 
+    mteval = sacrebleu.BLEU(lowercase=True, tokenize="13a", force=True)
     return np.array(mteval._extract_corpus_statistics(outputs, metrics.streams(references)), dtype=float)
 
 
 def nist_counts(outputs: list[str], references: list[list[str]]):
     """Counts of each item (items, 2 x ORDERS + 2), whose sums give NIST (Doddington, 2002, dl.acm.org/doi/10.5555/1289189.1289273).
 
-    Of each length of n-gram the information of those that a reference has too, and how many were written; words written; words of a
-    reference, on average. Information comes from the references of all items: log2 of how much rarer an n-gram is than all but its last word.
-    Several references together allow an n-gram as often as the one that has it most, as in mteval-v13a (nltk takes the best single one).
+    Of each length of n-gram: the information of those that a reference has too, and how many were written. Then the words written, and
+    the words of a reference, on average. Information is log2 of how much rarer an n-gram is, in the references of all items, than the same
+    without its last word. An n-gram counts as often as the reference that has it most allows, as in mteval-v13a; nltk takes one reference
+    for all.
     """
     import numpy as np
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
@@ -421,7 +421,8 @@ def show(rows: list[tuple[str, str, dict]]) -> None:
     columns = [name for name in (*DIGITS, "loss") if any(name in scores for _, _, scores in rows)]
     print("| | trained | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
     for title, trained, scores in rows:
-        print(f"| {title} | {trained} | " + " | ".join(shown(scores.get(name, (math.nan,)), DIGITS.get(name, 3)) for name in columns) + " |")
+        cells = [shown(scores.get(name, (math.nan,)), DIGITS.get(name, 3)) for name in columns]
+        print(" | ".join([f"| {title} | {trained}", *cells]) + " |")
     if reason := unavailable():
         print(f"note: METEOR, ROUGE-L and CIDEr are left out: {reason}")
 
