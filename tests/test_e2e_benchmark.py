@@ -148,7 +148,8 @@ def test_a_split_that_is_not_there(folder, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]\n", '{"row": 0, "lora": "a"}\n', '{"references": ["a"]}\n',
-                                  '{"references": [], "lora": "a"}\n', '{"references": ["a"], "lora": 1}\n', '{"references": ["a"], "lora": "a"}\n{"references": ["a"]}\n'])
+                                  '{"references": [], "lora": "a"}\n', '{"references": ["a"], "lora": 1}\n',
+                                  '{"references": ["a"], "lora": "a"}\n{"references": ["a"]}\n'])
 def test_broken_predictions(text, tmp_path):
     path = tmp_path / "predictions-test.jsonl"
     path.write_text(text, encoding="utf-8")
