@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -104,6 +104,17 @@ def key(*what) -> str:
     """A name for what JSON can say of `what`, of this project's code and of the libraries that rows go through."""
     digest = hashlib.sha256(json.dumps([what, _code(), *map(version, LIBRARIES)], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def remembered(name: str, make: Callable[[], str]) -> str:
+    """What `make` returns, or returned in an earlier run, which left it in the cache under `name` (from `key`)."""
+    path = cache() / f"{name}.txt"
+    if not path.is_file():
+        with tempfile.TemporaryDirectory(dir=cache()) as work:
+            whole = Path(work) / "whole"
+            whole.write_text(make(), encoding="utf-8")
+            os.replace(whole, path)
+    return path.read_text(encoding="utf-8")
 
 
 @functools.cache
