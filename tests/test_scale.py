@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -168,6 +169,8 @@ def test_stored_rows_are_like_a_list():
     assert disk.store([]) == [] and disk.store([]) + stored[:1] == rows[:1] and not disk.store([])
     with pytest.raises(IndexError):
         stored[2500]
+    sent = pickle.dumps(stored.take([2499, 3, 3]))
+    assert pickle.loads(sent) == [rows[2499], rows[3], rows[3]] and len(sent) < 20_000, "to another process goes no other row"
 
 
 def test_a_full_disk_is_told(monkeypatch):
