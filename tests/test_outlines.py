@@ -4,7 +4,7 @@ import random
 
 import pytest
 from conftest import CHATML
-from test_chat import ASK, BODY, CHATML_TOKENS, KINDS, LLAMA3, LLAMA3_TOKENS, byte_tokenizer, prepared, random_dialogue, turns
+from test_chat import ASK, BODY, CHATML_TOKENS, KINDS, LLAMA3, LLAMA3_TOKENS, REFUSED, byte_tokenizer, prepared, random_dialogue, turns
 
 from recipes.common import chat
 from recipes.common.outlines import outline
@@ -126,7 +126,7 @@ LOOKS = {  # what a template may do so that what it writes depends on more than 
     "set block": "{% set text %}{{ m.content }}{% endset %}{% if 'a' in text %}a{% endif %}",
     "filter block": "{% filter upper %}{{ m.content }}{% endfilter %}",
     "recursion": "{% for x in [[]] recursive %}{{ m.content }}{% if 'a' in loop(x) %}a{% endif %}{% endfor %}",
-    "call": "{% call dict() %}{{ m.content }}{% endcall %}",
+    "number in the text": "{% if 5 in m.content %}{% endif %}",
     "escape": "{% autoescape true %}{{ m.content }}{% endautoescape %}",
     "json": "{{ m | tojson }}",
     "whole turn": "{{ m }}",
@@ -156,12 +156,48 @@ def test_a_template_that_looks_at_a_text_proves_nothing(how):
         assert one == other
 
 
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_rendering_refuses_is_refused(why):
+    tokenizer = byte_tokenizer(REFUSED[why][0], CHATML_TOKENS)
+    for messages in (turns("Hi", "Yo!"), turns("Hi", "Yo!", "So?", "No."), turns("Hi", "Yo!", "So?")):
+        one, other = both(messages, tokenizer)
+        assert one == other
+
+
+def test_what_only_the_prompt_asks_of_a_text_is_a_condition():
+    ask = "{% if add_generation_prompt %}{{ '<|im_start|>' + ('x' if '?' in messages[-1].content else 'assistant') + '\n' }}{% endif %}"
+    tokenizer = byte_tokenizer(BODY + "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + ask, CHATML_TOKENS)
+    assert proved(turns("Hi", "Yo"), tokenizer) and not proved(turns("Hi?", "Yo"), tokenizer)
+    with pytest.raises(chat.TemplateError, match="before turn 2 is not what the template writes"):
+        chat.spans(turns("Hi?", "Yo"), tokenizer)
+
+
 def test_an_end_that_the_next_text_could_make_longer_is_looked_up_in_each_dialogue():
-    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>\n", "<|im_end|>"), [*CHATML_TOKENS, "<|im_end|>!"])
-    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_start|>' + message['role'] + '\n' + ", "")
-    assert not proved(turns("Hi", "Yo", "!", "No."), tokenizer)
-    one, other = both(turns("Hi", "Yo", "!", "No."), tokenizer)
-    assert one == other
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", [*CHATML_TOKENS, "<|im_end|>!"])
+    messages = turns("Hi", "Yo", "!", "No.")
+    text, (first, _) = chat.spans(messages, tokenizer)
+    assert text[slice(*first)] == "Yo<|im_end|>!" and not proved(messages, tokenizer)
+    assert both(messages, tokenizer)[0] == both(messages, tokenizer)[1]
+
+
+def test_turns_that_a_template_does_not_get_as_they_are_are_rendered():
+    tokenizer = byte_tokenizer(BODY + "{{ (m.reasoning_content or '') + m.content + '<|im_end|>\n' }}{% endfor %}" + ASK, CHATML_TOKENS)
+    for more in ({"thinking": "Hm."}, {"thinking": None}, {"list": [1]}):
+        messages = [turn | more for turn in turns("Hi", "Yo")]
+        one, other = both(messages, tokenizer)
+        assert one == other
+
+
+def test_tokens_are_those_that_calling_the_tokenizer_gives():
+    for split in (False, True):
+        tokenizer = byte_tokenizer(CHATML, CHATML_TOKENS)
+        text = "<|im_start|>user\nHi<|im_end|>"
+        wanted = tokenizer(text, split_special_tokens=split)["input_ids"]
+        tokenizer.split_special_tokens = split
+        tokenizer.backend_tokenizer.encode_special_tokens = not split
+        tokenizer.backend_tokenizer.enable_truncation(3)  # as some tokenizer.json have it
+        tokenizer.backend_tokenizer.enable_padding(length=50)
+        assert chat._tokens(text, tokenizer).ids == wanted and len(wanted) == (len(text) if split else 9)
 
 
 def test_a_layout_is_that_of_the_template_in_use():

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-# What these write becomes text for the rest of the template, which could look at it or change it. So does what a recursive loop or a call
-# block writes, but for {% generation %}, a call of an extension that hands it on.
+# What these write becomes text for the rest of the template, which could look at it or change it; so does what a recursive loop writes.
+# {% generation %} hands on what is written in it, and a call block can do no more where there are no macros to call.
 _BUFFERED = (nodes.Macro, nodes.FilterBlock, nodes.AssignBlock, nodes.Block, nodes.ScopedEvalContextModifier)
 _IDENTITY = ("true", "false", "boolean", "sameas")  # tests that compare by identity, of which a stand-in does not hear
 _MARK = re.compile("\ue000(\\d+)\ue001")  # a text's place while its template is rendered: private-use characters, which no template has
@@ -56,8 +56,7 @@ def _symbolic(template: str):
     environment = _compile_jinja_template(template).environment.overlay(finalize=_written)
     environment.tests = environment.tests | {name: partial(_identical, environment.tests[name]) for name in _IDENTITY}
     parsed = environment.parse(template)
-    calls = [block for block in parsed.find_all(nodes.CallBlock) if not isinstance(block.call.node, nodes.ExtensionAttribute)]
-    if calls or any(parsed.find_all(_BUFFERED)) or any(loop.recursive for loop in parsed.find_all(nodes.For)):
+    if any(parsed.find_all(_BUFFERED)) or any(loop.recursive for loop in parsed.find_all(nodes.For)):
         raise _Inspected
     return environment.from_string(template)
 
