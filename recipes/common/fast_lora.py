@@ -73,8 +73,8 @@ class _Fused(torch.autograd.Function):
         reduced = flat @ a_.t()
         y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         y.addmm_(reduced, b_.t(), alpha=scaling)
-        ctx.save_for_backward(flat, weight, reduced, a, b)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(flat, weight, reduced, a_, b_)
+        ctx.scaling, ctx.shape, ctx.types = scaling, x.shape, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -82,9 +82,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, gradient):
         flat, weight, reduced, a, b = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        a_, b_ = a.to(flat.dtype), b.to(flat.dtype)
-        to_reduced = (gradient @ b_).mul_(ctx.scaling)
-        to_a = (to_reduced.t() @ flat).to(a.dtype) if ctx.needs_input_grad[3] else None
-        to_b = (gradient.t() @ reduced).mul_(ctx.scaling).to(b.dtype) if ctx.needs_input_grad[4] else None
-        to_x = (gradient @ weight.t()).addmm_(to_reduced, a_).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        to_reduced = (gradient @ b).mul_(ctx.scaling)
+        to_a = (to_reduced.t() @ flat).to(ctx.types[0]) if ctx.needs_input_grad[3] else None
+        to_b = (gradient.t() @ reduced).mul_(ctx.scaling).to(ctx.types[1]) if ctx.needs_input_grad[4] else None
+        to_x = (gradient @ weight.t()).addmm_(to_reduced, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return to_x, None, None, to_a, to_b, None

@@ -32,7 +32,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from recipes.common import batches, checkpoints, dev_answers, faults, losses, processes, regularize
+from recipes.common import batches, checkpoints, cpu_attention, dev_answers, faults, losses, processes, regularize
 from recipes.common.errors import UserError
 from recipes.common.metrics import perplexity
 
@@ -440,15 +440,14 @@ def _set_attention(model, kernel: str) -> None:
 
 
 def choose_attention(model, length: int) -> None:
-    """On a CPU, plain matrix products for short batches, PyTorch's fused kernel for long ones; the result is the same.
+    """On a CPU, attention in blocks (cpu_attention.py), but for very long rows, whose weights would take too much memory.
 
-    The fused kernel saves memory that grows with the square of the length, which is what makes it faster from some 400 tokens on; below,
-    a training step of SmolLM2-135M took it 1.2 times as long (docs/benchmarks.md).
+    The result is that of PyTorch's fused kernel, to rounding. A kernel that the user chose stays, and so does one that a model needs.
     """
     if model.device.type != "cpu":
         return
-    wanted = "eager" if length < 400 else "sdpa"
-    if {model.config._attn_implementation, wanted} == {"eager", "sdpa"}:  # leaves a kernel that the user chose alone
+    wanted = cpu_attention.NAME if length < cpu_attention.TOO_LONG else "sdpa"
+    if {model.config._attn_implementation, wanted} == {cpu_attention.NAME, "sdpa"}:
         model.set_attn_implementation(wanted)
 
 
