@@ -109,12 +109,16 @@ def key(*what) -> str:
 def remembered(name: str, make: Callable[[], str]) -> str:
     """What `make` returns, or returned in an earlier run, which left it in the cache under `name` (from `key`)."""
     path = cache() / f"{name}.txt"
-    if not path.is_file():
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    made = make()
+    try:
         with tempfile.TemporaryDirectory(dir=cache()) as work:
-            whole = Path(work) / "whole"
-            whole.write_text(make(), encoding="utf-8")
-            os.replace(whole, path)
-    return path.read_text(encoding="utf-8")
+            (Path(work) / "whole").write_text(made, encoding="utf-8")
+            os.replace(Path(work) / "whole", path)
+    except OSError as error:
+        raise UserError(f"{cache()} can't be written ({error.strerror}): name another folder in HF_DATASETS_CACHE") from error
+    return made
 
 
 @functools.cache
