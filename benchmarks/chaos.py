@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from recipes.common import checkpoints, runs
-from recipes.common import trainer as trainer_module
+from recipes.common import checkpoints, runs, trained
+from recipes.common.trainer import RecipeTrainer
 
 TEXTS = ("Where is my order?", "It arrives on Friday.", "我想退货。", "好的，请告诉我订单号。", "Are you open?", "Yes, until nine.")
 # 9 rows in steps of 2: five steps an epoch, three epochs; a checkpoint every second step. Dropout needs the random numbers to go on.
@@ -45,10 +45,10 @@ RECIPES = {"lora": ("--dropout", "0.1"), "full": (), "prefix": ("--prefix_projec
            "adalora": ("--init_rank", "4", "--target_rank", "2", "--every", "1", "--last_share", "0.3")}
 # What is counted with --moments calls: (module, name, whether it belongs to the saving of a checkpoint).
 COUNTED = ((os, "fsync", True), (os, "rename", True), (shutil, "rmtree", True), (torch, "save", True),
-           (safetensors.torch, "save_file", True), (trainer_module, "save_file", True), (checkpoints, "_digest", True),
+           (safetensors.torch, "save_file", True), (trained, "save_file", True), (checkpoints, "_digest", True),
            (checkpoints, "_discard", True),
            (os, "replace", False),
-           (trainer_module.RecipeTrainer, "training_step", False), (trainer_module.RecipeTrainer, "prediction_step", False),
+           (RecipeTrainer, "training_step", False), (RecipeTrainer, "prediction_step", False),
            (runs, "finish", False))
 
 

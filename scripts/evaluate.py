@@ -107,7 +107,7 @@ def timed(name: str, load, task, rows: list[dict], record: dict, options, latenc
     row is answered once more before, as a first pass is slower than those that follow.
     """
     from recipes.common import generation, tasks
-    from recipes.common.trainer import dataset_outputs
+    from recipes.common.scoring import dataset_outputs
 
     model, seconds = load(), []
     for row in [rows[0], *rows[: options.latency]]:

@@ -19,8 +19,8 @@ from recipes.common import args, data, losses, models, tasks
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.head_start import SCALES
+from recipes.common.scoring import dataset_outputs
 from recipes.common.tasks import classify
-from recipes.common.trainer import dataset_outputs
 
 ROWS = [{"text": "Where is my order?", "label": "order_status"}, {"text": "我想退货。", "label": "return_item"},
         {"text": "Has it been sent?", "label": "order_status"}, {"text": "The lamp arrived broken", "label": "damaged_goods"},

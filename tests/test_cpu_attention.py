@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertModel, Gemma2Config, MistralConfig
 
 from recipes.common import cpu_attention
-from recipes.common.trainer import choose_attention
 
 
 class Layer:
@@ -178,10 +177,10 @@ def test_generation_goes_on_from_a_cache(tiny):
 
 def test_long_rows_go_to_the_kernel_that_keeps_no_weights(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
-    choose_attention(model, 100)
+    cpu_attention.choose(model, 100)
     assert model.config._attn_implementation == cpu_attention.NAME
-    choose_attention(model, cpu_attention.TOO_LONG)
+    cpu_attention.choose(model, cpu_attention.TOO_LONG)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
-    choose_attention(model, 100)
+    cpu_attention.choose(model, 100)
     assert model.config._attn_implementation == "eager"

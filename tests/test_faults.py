@@ -14,7 +14,8 @@ from test_methods import run_recipe
 
 from recipes.common import faults, generation, models, report, runs
 from recipes.common.errors import UserError
-from recipes.common.trainer import RecipeTrainer, dataset_outputs
+from recipes.common.scoring import dataset_outputs
+from recipes.common.trainer import RecipeTrainer
 
 STEPS = ("--max_steps", "5", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "2",
          "--eval_strategy", "no", "--load_best_model_at_end", "False", "--learning_rate", "0.01")

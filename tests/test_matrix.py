@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertForMaskedLM, MarianConfig, T5Config,
 from recipes import full, lora, prefix
 from recipes.common import models, tasks
 from recipes.common.errors import UserError
-from recipes.common.trainer import dataset_outputs
+from recipes.common.scoring import dataset_outputs
 
 ROWS = {"chat": DIALOGUES, "classify": LABELLED, "tag": TAGGED, "translate": PAIRS, "pretrain": TEXTS}
 KINDS = {"gpt2": "decoder", "llama": "decoder", "bert": "encoder", "t5": "encoder-decoder"}

@@ -28,8 +28,9 @@ from transformers import (
 from recipes.common import args, data, losses, models, runs, scratch, tasks
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import pretrain
-from recipes.common.trainer import RecipeTrainer, dataset_outputs, mean_loss
+from recipes.common.trainer import RecipeTrainer
 
 ROWS = [{"text": "Where is my order? It was sent on Friday. The parcel has a number."}, {"text": "我想退货。请告诉我订单号。谢谢！"},
         {"text": "Are you open? Yes, until nine. Thank you! You are welcome."},

@@ -70,13 +70,14 @@ MAY_IMPORT = {
     "checkpoints": {"errors"},
     "dev_answers": {"chat", "generation", "losses", "metrics"},
     "faults": {"checkpoints", "errors"},
-    "trainer": {"batches", "checkpoints", "cpu_attention", "dev_answers", "errors", "faults", "losses", "metrics", "processes",
-                "regularize"},
+    "scoring": {"cpu_attention", "errors", "faults", "losses", "metrics", "processes"},
+    "trained": {"errors"},
+    "trainer": {"batches", "checkpoints", "cpu_attention", "dev_answers", "errors", "faults", "losses", "regularize", "scoring", "trained"},
     "runs": {"checkpoints", "errors", "model_card", "report"},
     "scratch": {"errors", "models"},
     "streaming": {"data", "encoding", "errors", "formats"},
     "tasks": {"args", "batches", "chat", "data", "disk", "doctor", "encoding", "errors", "evaluation", "generation", "head_start",
-              "losses", "metrics", "models", "processes", "regularize", "scratch", "streaming", "trainer"},
+              "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming"},
 }
 
 
@@ -129,6 +130,12 @@ def test_common_modules_import_one_way():
         order += free
         for name in free:
             del left[name]
+
+
+def test_contributing_says_the_same():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | {', '.join(f'`{target}`' for target in sorted(targets)) or 'nothing'} |" for name, targets in MAY_IMPORT.items()]
+    assert "\n".join(rows) + "\n" in text
 
 
 @pytest.mark.parametrize("path", RECIPES + SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")

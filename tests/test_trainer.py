@@ -14,7 +14,8 @@ from recipes import adapter, full, lora, prefix
 from recipes.common import args, losses
 from recipes.common.chat import IGNORE, pad
 from recipes.common.losses import only_positions
-from recipes.common.trainer import RecipeTrainer, dataset_outputs
+from recipes.common.scoring import dataset_outputs
+from recipes.common.trainer import RecipeTrainer
 
 KINDS = ("gpt2", "llama", "qwen3")
 METHODS = {

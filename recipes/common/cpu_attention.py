@@ -17,8 +17,6 @@ from transformers.masking_utils import sdpa_mask
 NAME = "cpu_blocks"
 BLOCK = 128  # queries
 TOO_LONG = 1536  # tokens a row: the weights of SmolLM2-135M would take 0.7 GB
-
-
 # Arguments that change the scores in ways of their own.
 OTHERS = ("position_bias", "softcap", "s_aux")
 
@@ -38,6 +36,18 @@ def attend(module, query, key, value, attention_mask=None, dropout=0.0, scaling=
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _Blocks.apply(query, key, value, attention_mask, causal, scaling, dropout), None
+
+
+def choose(model, length: int) -> None:
+    """On a CPU, attention in blocks, but for very long rows, whose weights would take too much memory.
+
+    The result is that of PyTorch's fused kernel, to rounding. Eager attention, which some models need, stays as it is.
+    """
+    if model.device.type != "cpu":
+        return
+    wanted = NAME if length < TOO_LONG else "sdpa"
+    if {model.config._attn_implementation, wanted} == {NAME, "sdpa"}:
+        model.set_attn_implementation(wanted)
 
 
 AttentionInterface.register(NAME, attend)

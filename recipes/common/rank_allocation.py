@@ -21,7 +21,7 @@ class AllocateRanks(TrainerCallback):
         self.names = [name for name, _ in self._matrices()]
         for name, parameter in self._matrices():
             layer, kind = self._layer(name)
-            for average in AVERAGES:  # buffers of the model, so that checkpoints hold them (trainer.trained_state)
+            for average in AVERAGES:  # buffers of the model, so that checkpoints hold them (trained.state_of)
                 layer.register_buffer(f"kept_{kind}_{average}", torch.zeros_like(parameter), persistent=False)
 
     def on_train_begin(self, args, state, control, **kwargs):

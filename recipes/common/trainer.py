@@ -5,7 +5,7 @@ What differs, each in one place:
 - `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
   logits are the largest tensor of a step);
 - a batch is a list: the rows of a step in the groups that they are run in (batches.py), with one loss for all of them;
-- `choose_attention` takes the faster attention kernel for the batch at hand;
+- `_parts` takes the faster attention kernel for the batch at hand (cpu_attention.py);
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
 - `evaluation_loop` also scores answers written to some dev rows, if asked to (dev_answers.py);
@@ -14,32 +14,22 @@ What differs, each in one place:
 """
 
 import contextlib
-import math
 import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from recipes.common import batches, checkpoints, cpu_attention, dev_answers, faults, losses, processes, regularize
+from recipes.common import batches, checkpoints, cpu_attention, dev_answers, faults, losses, regularize, trained
 from recipes.common.errors import UserError
-from recipes.common.metrics import perplexity
-
-# Settings of a PEFT method that say nothing about what its weights mean.
-MAY_DIFFER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "lora_dropout", "dropout",
-              "total_step", "tinit", "tfinal", "rank_pattern"}
-TRAINED = "trained_parameters.safetensors"
+from recipes.common.scoring import mean_loss
 
 
 class RecipeTrainer(Trainer):
@@ -243,7 +233,7 @@ class RecipeTrainer(Trainer):
 
     def _parts(self, model, inputs) -> list[losses.Part]:
         if self.shared.attention == "auto":
-            choose_attention(losses.network(model), inputs["input_ids"].shape[1])
+            cpu_attention.choose(losses.network(model), inputs["input_ids"].shape[1])
         return self.task.loss(model, inputs)
 
     def _metrics(self, prediction) -> dict[str, float]:
@@ -260,7 +250,7 @@ class RecipeTrainer(Trainer):
             return
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, with every token on the command line; run.json says it all
         if isinstance(self.model, PeftModel):
-            save_file(trained_state(self.model), folder / TRAINED)
+            trained.save(self.model, folder)
 
     def _asked(self) -> dict:
         return checkpoints.asked_for(self.task, asdict(self.shared), asdict(self.method) if self.method else {}, self.args)
@@ -323,7 +313,7 @@ class RecipeTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        _check_same_kind(resume_from_checkpoint, self.model)
+        trained.check_same_kind(resume_from_checkpoint, self.model)
         if not self._load_trained(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -340,7 +330,7 @@ class RecipeTrainer(Trainer):
         # A prefix behind a projection is saved by PEFT as the projection's result: right for use, useless to train on.
         if not isinstance(self.model, PeftModel):
             return False
-        load_trained(Path(checkpoint), self.model)
+        trained.load(Path(checkpoint), self.model)
         return True
 
 
@@ -383,52 +373,9 @@ def prepare(model, training, shared) -> None:
     if training.bf16:
         _hold_frozen_in_bf16(model)
     if shared.start_from:
-        _go_on_from(Path(shared.start_from), model)
+        trained.go_on_from(Path(shared.start_from), model)
     if shared.attention != "auto":
         _set_attention(losses.network(model), shared.attention)
-
-
-def trained_state(model) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, and the buffers that a method named kept_... to find them again after a resume; by name,
-    sharing memory with the model."""
-    kept = {name: b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("kept_")}
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | kept
-
-
-def load_trained(folder: Path, model: PeftModel) -> None:
-    """Set the trained parameters of `model` to those of a checkpoint or run. Raises `UserError` if they are others."""
-    try:
-        state = load_file(folder / TRAINED)
-    except SafetensorError as error:
-        raise UserError(f"{folder} is damaged ({error}): resume from another checkpoint by naming its folder") from error
-    own = trained_state(model)
-    if {name: p.shape for name, p in state.items()} != {name: p.shape for name, p in own.items()}:
-        raise UserError(f"{folder} was written by another method or with other settings: resume with the same recipe and flags")
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
-
-
-def _go_on_from(run: Path, model) -> None:
-    """Set `model` to what the run learned: a whole model was loaded as such; an adapter's method and settings must be the same."""
-    if (run / "config.json").is_file():
-        return
-    if not isinstance(model, PeftModel) or not (run / TRAINED).is_file():
-        raise UserError(f"--start_from {run} is an adapter: go on with the recipe that made it")
-    own, theirs = model.peft_config[model.active_adapter], PeftConfig.from_pretrained(run)
-    for name in sorted(own.__dict__.keys() - MAY_DIFFER):
-        mine, other = ((set(value) if isinstance(value, list) else value) for value in (getattr(own, name), getattr(theirs, name, None)))
-        if mine != other:
-            raise UserError(f"--start_from {run}: its {name} is {other}, this one's {mine}: use the same recipe and flags")
-    load_trained(run, model)
-
-
-def _check_same_kind(checkpoint, model) -> None:
-    """Raise `UserError` if a PEFT method is to resume from a whole model's checkpoint, or the other way round, or from a pickle."""
-    if any(Path(checkpoint).glob("*.bin")) and not any(Path(checkpoint).glob("*.safetensors")):
-        raise UserError(f"{checkpoint} holds pickled weights, which are not loaded, as a pickle can run any code when it is opened: resume "
-                        "from a checkpoint with safetensors")
-    if (Path(checkpoint) / TRAINED).is_file() != isinstance(model, PeftModel):
-        raise UserError(f"{checkpoint} is no checkpoint of this method: resume with the recipe and the flags that wrote it")
 
 
 def _set_attention(model, kernel: str) -> None:
@@ -437,66 +384,6 @@ def _set_attention(model, kernel: str) -> None:
         model.set_attn_implementation(kernel)
     except (ImportError, ValueError) as error:
         raise UserError(f"--attention {kernel}: {' '.join(str(error).split())}") from error
-
-
-def choose_attention(model, length: int) -> None:
-    """On a CPU, attention in blocks (cpu_attention.py), but for very long rows, whose weights would take too much memory.
-
-    The result is that of PyTorch's fused kernel, to rounding. A kernel that the user chose stays, and so does one that a model needs.
-    """
-    if model.device.type != "cpu":
-        return
-    wanted = cpu_attention.NAME if length < cpu_attention.TOO_LONG else "sdpa"
-    if {model.config._attn_implementation, wanted} == {cpu_attention.NAME, "sdpa"}:
-        model.set_attn_implementation(wanted)
-
-
-@torch.inference_mode()
-def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int = 2048) -> list[tuple[np.ndarray, ...]]:
-    """What `prediction_step` gives for each of `rows`, in their order and without gradients: (sums (2,), the task's own outputs ...).
-
-    `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded. Of several
-    processes, each takes a share, and all get the whole.
-    """
-    own = processes.share(len(rows))
-    order, out, batch = sorted(own, key=lambda i: len(rows[i]["input_ids"])), {}, []
-
-    def run(piece):
-        passes = []
-        for member in losses.members(model):
-            choose_attention(losses.network(member), piece["input_ids"].shape[1])
-            passes.append(task.loss(member, piece))
-        parts = passes[0] if len(passes) == 1 else losses.average(passes)
-        return losses.row_sums(parts, piece.get("bytes")), *task.outputs(parts)
-
-    def less(fitting):
-        nonlocal tokens_per_batch
-        if not fitting:
-            raise UserError(f"out of memory while {description.lower()} a single row: use a machine with more memory, or shorter rows")
-        tokens_per_batch = fitting * inputs["input_ids"].shape[1]
-        print(f"note: out of memory while {description.lower()}: from here on at most {tokens_per_batch} tokens at once")
-
-    for position, i in enumerate(tqdm(order, desc=description, unit="rows")):
-        batch.append(i)
-        following = order[position + 1: position + 2]
-        if following and len(rows[following[0]]["input_ids"]) * (len(batch) + 1) <= tokens_per_batch:
-            continue
-        inputs = {name: tensor.to(model.device) for name, tensor in task.collate([rows[j] for j in batch]).items()}
-        columns = [tensor.cpu().numpy() for tensor in faults.joined(faults.in_pieces(run, inputs, None, less))]
-        for j, *values in zip(batch, *columns, strict=True):
-            out[j] = tuple(values)
-        batch = []
-    return processes.joined([out[i] for i in own])
-
-
-def mean_loss(sums: np.ndarray) -> dict[str, float]:
-    """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2).
-
-    With the bytes of their text, (rows, 3), also bits per byte, which compares models whose tokens differ.
-    """
-    nll, items, *text_bytes = sums.sum(axis=0)
-    per_byte = {"bits_per_byte": float(nll / math.log(2) / text_bytes[0])} if text_bytes else {}
-    return {"loss": float(nll / items), "perplexity": perplexity(nll, items), **per_byte}
 
 
 def _has_dropout(model) -> bool:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models, processes
 from recipes.common.errors import UserError
+from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
-from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 768
 UNIT = "dialogues"

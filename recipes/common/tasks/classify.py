@@ -16,8 +16,8 @@ from recipes.common import data, disk, encoding, evaluation, losses, metrics, mo
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.head_start import start_from_prototypes
+from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task, flags
-from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 256
 UNIT = "rows"

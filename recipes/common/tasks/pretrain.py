@@ -28,8 +28,8 @@ from transformers import (
 from recipes.common import chat, data, disk, encoding, evaluation, generation, losses, metrics, models, processes, scratch
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
-from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 512
 UNIT = "texts"

@@ -17,8 +17,8 @@ from transformers import AutoModelForTokenClassification
 from recipes.common import data, encoding, evaluation, losses, metrics, models
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task, flags
-from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 256
 UNIT = "rows"

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models, processes
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
 from recipes.common.tasks import chat as chat_task
-from recipes.common.trainer import dataset_outputs, mean_loss
 
 MAX_LENGTH = 256
 UNIT = "pairs"
