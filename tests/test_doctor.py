@@ -124,6 +124,23 @@ def test_labels_that_train_does_not_have():
     assert codes(splits, threshold=1) == {}
 
 
+@pytest.mark.parametrize("tags, found", [
+    (["B-city", "I-date"], "I-date after B-city"), (["O", "I-date"], "I-date after O"), (["I-date", "I-date"], "I-date after the start"),
+    (["I-city", "I-date"], "I-city after the start, I-date after I-city"), (["B-date", "I-date"], None), (["B-city", "B-date"], None)])
+def test_tags_that_continue_no_span_of_their_type(tags, found):
+    rows = [{"tokens": ["at", *question.split()[:2]], "tags": ["B-city", "I-city", "O"]} for question in QUESTIONS[:2]]
+    rows.append({"tokens": ["on", "Friday"], "tags": tags})
+    summary, findings = examine({"dev": split(rows, 4)}, 100)
+    count = found.count("after") if found else 0
+    assert [(f.severity, f.code, f.rows, f.count) for f in findings] == [("warning", "stray-tag", [6], count)] * bool(found)
+    assert summary["splits"]["dev"]["stray_tags"] == count
+    if found:
+        assert findings[0].sentence == (f"{count} tags I-... in dev continue no span of their type, so each begins one of its own: {found}")
+        assert "(row 6); give the first word of each span a B- tag" in verdict(findings)[0]
+    shown = Split(rows, range(3), [9] * 3, [2] * 3, learned=("label",))
+    assert examine({"dev": shown}, 100)[1] == [], "tags that no task learns"
+
+
 def test_a_language_that_the_text_is_not_in():
     rows = [dialogue("我的包裹在哪里？", "请稍等", language="en"), dialogue("你好，在吗", "在的", language="zh"),
             dialogue("Où est mon colis ?", language="fr")]

@@ -483,6 +483,20 @@ def test_a_split_of_a_hub_data_set_is_read_like_a_file():
     assert rows.sha256 == data.hub_split(split, "x").sha256 != data.hub_split(split.select([0, 1]), "x").sha256
 
 
+def test_the_rows_of_a_hub_data_set_are_hashed_once(tmp_path, monkeypatch):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "set")
+    split = datasets.load_from_disk(tmp_path / "set")
+    sha256 = data.hub_split(split, "set").sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "__iter__", None)
+        assert data.hub_split(datasets.load_from_disk(tmp_path / "set"), "set").sha256 == sha256
+        [file] = split.cache_files
+        os.utime(file["filename"], (1, 1))
+        with pytest.raises(TypeError):
+            data.hub_split(split, "set")
+    assert data.hub_split(split, "set").sha256 == sha256
+
+
 # ------------------------------------------------------------------------------------------------------------- all that comes
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

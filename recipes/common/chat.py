@@ -3,15 +3,20 @@
 Loss falls on each assistant turn and on the token that ends it, nothing else. Chat templates rarely say where a turn begins
 and ends in the text, so `spans` finds out by rendering and *proves* what it found: the text before a turn must begin with
 exactly the prompt that the model will see when it has to answer, and the turn must be closed by a special token. A template for
-which this can't be proved is refused. The tokenizer is handed in; nothing here reads files or knows a model.
+which this can't be proved is refused. The proof is made once for all dialogues of one outline (outlines.py) where the template lets it,
+else for each dialogue. The tokenizer is handed in; nothing here reads files or knows a model.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
+import tokenizers
 import torch
 from transformers.utils.chat_template_utils import _REASONING_FIELDS, _compile_jinja_template
 
+from recipes.common import outlines
 from recipes.common.errors import UserError
 
 IGNORE = -100  # label of a position without loss (torch.nn.functional.cross_entropy's default)
@@ -40,6 +45,13 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     dropped_turns: int = 0  # oldest turns that max_length left no room for
+
+
+class _Layout(NamedTuple):
+    """The places of the answers in all dialogues of one outline."""
+
+    outline: outlines.Outline  # with the conditions of the prompts as well
+    answers: dict[int, tuple[int, int]]  # turn: characters from the span's start to the answer's, and from the answer's end to the span's
 
 
 class TemplateError(ValueError):
@@ -116,8 +128,52 @@ def spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The rendered dialogue and, for each assistant turn, the characters [start, end) that the model has to write.
 
     A span runs from the end of the prompt that the model answers to through the token that ends the turn. Proved for every
-    dialogue by rendering: see the module's docstring. Raises `TemplateError`.
+    dialogue: see the module's docstring. Raises `TemplateError`.
     """
+    if not _is_plain(messages) or not isinstance(tokenizer.chat_template, str):
+        return _rendered_spans(messages, tokenizer)
+    texts = [turn.get("content") for turn in messages]
+    layout = _layout(tokenizer, tokenizer.chat_template, tuple(tokenizer.special_tokens_map.items()),
+                     tuple((turn["role"], *turn) for turn in messages))
+    if layout is None or not layout.outline.fits(texts):
+        return _rendered_spans(messages, tokenizer)
+    written, found, position = [layout.outline.pieces[0]], [], len(layout.outline.pieces[0])
+    for turn, piece in zip(layout.outline.places, layout.outline.pieces[1:], strict=True):
+        end = position + len(texts[turn])
+        if turn in layout.answers:
+            before, after = layout.answers[turn]
+            found.append((position - before, end + after))
+        written += texts[turn], piece
+        position = end + len(piece)
+    return "".join(written), found
+
+
+@lru_cache(maxsize=4096)
+def _layout(tokenizer, template: str, special_tokens: tuple[tuple[str, str], ...], turns: tuple[tuple[str, ...], ...]) -> _Layout | None:
+    """Where the answers stand in each dialogue with these roles and keys (outlines.outline); None if that can't be told of all alike."""
+    whole, answers = outlines.outline(template, turns, False, dict(special_tokens)), {}
+    assistant = [number for number, (role, *_) in enumerate(turns) if role == "assistant"]
+    if whole is None or 0 in assistant or [turn for turn in whole.places if turn in assistant] != assistant:
+        return None  # how the assistant opens a dialogue is looked up otherwise: see _asked
+    conditions = whole.conditions
+    for turn in assistant:
+        at, asked = whole.places.index(turn), outlines.outline(template, turns[:turn], True, dict(special_tokens))
+        if asked is None or (asked.places, asked.pieces[:-1]) != (whole.places[:at], whole.pieces[:at]):
+            return None
+        before, after = whole.pieces[at], whole.pieces[at + 1]
+        own, end = before.removeprefix(asked.pieces[-1]), after.lstrip()
+        if not before.startswith(asked.pieces[-1]) or any(token.startswith(end) and token != end for token in _specials(tokenizer)):
+            return None  # the latter: what follows may make it a longer token
+        try:
+            answers[turn] = 0 if own.strip() else len(own), _end_of_turn(after, tokenizer)
+        except TemplateError:
+            return None
+        conditions |= asked.conditions
+    return _Layout(whole._replace(conditions=conditions), answers)
+
+
+def _rendered_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """`spans` by rendering this dialogue, and once more for each answer."""
     text = _render(messages, tokenizer)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     marked = _render([{**m, "content": f"{_MARK}{i}{_MARK}"} if m["role"] == "assistant" else m
@@ -159,13 +215,14 @@ def end_of_turn_id(tokenizer) -> int:
     """The token that ends an assistant turn in the tokenizer's chat template: generation must stop at it."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text, [(_, end)] = spans(messages, tokenizer)
-    return _tokens(text[:end], tokenizer)[0][-1]
+    return _tokens(text[:end], tokenizer).ids[-1]
 
 
 def _encode_whole(messages: list[dict], tokenizer) -> Encoded:
     text, turns = spans(messages, tokenizer)
     train = [m.get("train") is not False for m in messages if m["role"] == "assistant"]
-    ids, offsets = _tokens(text, tokenizer)
+    encoding = _tokens(text, tokenizer)
+    ids, offsets = encoding.ids, encoding.offsets
     labels = [IGNORE] * len(ids)
     for (start, end), kept in zip(turns, train, strict=True):
         # A token belongs to the answer if it starts there: one that straddles the border before it (a blank) is the prompt's, and
@@ -179,22 +236,32 @@ def _encode_whole(messages: list[dict], tokenizer) -> Encoded:
     return Encoded(ids, labels)
 
 
-def _tokens(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+def _tokens(text: str, tokenizer) -> tokenizers.Encoding:
+    """What calling `tokenizer` does, without what it takes to make a batch of one text."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     # add_special_tokens=False: the template has written bos where the model wants it; the tokenizer would write a second one.
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return out["input_ids"], out["offset_mapping"]
+    return backend.encode(text, add_special_tokens=False)
 
 
 def _render(messages: list[dict], tokenizer, add_generation_prompt: bool = False) -> str:
     """What `tokenizer.apply_chat_template` writes. Turns of plain values need none of its conversions, which take it half its time."""
     try:
-        if messages and all(type(value) in PLAIN and key not in _REASONING_FIELDS for turn in messages for key, value in turn.items()):
+        if _is_plain(messages):
             template = _compile_jinja_template(tokenizer.get_chat_template())
             return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
                                    **tokenizer.special_tokens_map)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # Jinja's raise_exception and every other failure of a template's own code
         raise TemplateError(f"the model's chat template can't render this dialogue ({error})") from error
+
+
+def _is_plain(messages: list[dict]) -> bool:
+    """Whether a template gets these turns as they are."""
+    return bool(messages) and all(
+        type(value) in PLAIN and key not in _REASONING_FIELDS for turn in messages for key, value in turn.items())
 
 
 def _opening(messages: list[dict], tokenizer, before: str) -> str:
@@ -225,11 +292,15 @@ def _asked(messages: list[dict], tokenizer) -> str:
 def _end_of_turn(rest: str, tokenizer) -> int:
     """Length of the text from the end of an answer through the special token that ends the turn; blanks may precede it."""
     blanks = len(rest) - len(rest.lstrip())
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = [len(token) for token in special if rest.startswith(token, blanks)]
+    ends = [len(token) for token in _specials(tokenizer) if rest.startswith(token, blanks)]
     if not ends:
         raise TemplateError("the chat template does not end an assistant turn with a special token, so a reply could never end")
     return blanks + max(ends)
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _prove(tokenizer) -> None:

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,9 +48,17 @@ class Stored(Sequence):
     def __eq__(self, other):
         return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
 
+    def __reduce__(self):
+        """To another process go its own rows, as the bytes that they are kept in."""
+        return _restored, ([self._rows[int(at)].as_py() for at in self._order],)
+
     def take(self, indices) -> "Stored":
         """The rows at these indices, in this order; an index may come twice."""
         return Stored(self._rows, self._order[np.asarray(indices, dtype=np.int64)])
+
+
+def _restored(rows: list[bytes]) -> Stored:
+    return Stored(pa.chunked_array([pa.array(rows, pa.large_binary())]), np.arange(len(rows)))
 
 
 def store(rows: Iterable[dict]) -> Stored:
@@ -96,6 +104,21 @@ def key(*what) -> str:
     """A name for what JSON can say of `what`, of this project's code and of the libraries that rows go through."""
     digest = hashlib.sha256(json.dumps([what, _code(), *map(version, LIBRARIES)], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def remembered(name: str, make: Callable[[], str]) -> str:
+    """What `make` returns, or returned in an earlier run, which left it in the cache under `name` (from `key`)."""
+    path = cache() / f"{name}.txt"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    made = make()
+    try:
+        with tempfile.TemporaryDirectory(dir=cache()) as work:
+            (Path(work) / "whole").write_text(made, encoding="utf-8")
+            os.replace(Path(work) / "whole", path)
+    except OSError as error:
+        raise UserError(f"{cache()} can't be written ({error.strerror}): name another folder in HF_DATASETS_CACHE") from error
+    return made
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from recipes.common.chat import IGNORE
 from recipes.common.duplicates import digest, leaks, near_duplicates, row_text
-from recipes.common.metrics import detect_language
+from recipes.common.metrics import detect_language, stray_tags
 from recipes.common.pii import KINDS, ORDER_PATTERNS, find
 
 SEVERITIES = ("error", "warning", "info")
@@ -38,6 +38,7 @@ REMEDIES = {
     "unknown-token": "take another --model, whose tokenizer knows these characters",
     "rare-label": "add rows or merge such labels (for classify, --class_weights balanced helps)",
     "one-label": "add rows with other labels, or name another column with --label",
+    "stray-tag": "give the first word of each span a B- tag, and all of its words the same type",
     "unseen-label": "add train rows with these labels, or take the rows out",
     "conflict": "decide for one of them",
     "language": 'correct the column "language": scores are kept by it',
@@ -111,6 +112,7 @@ def examine(splits: dict[str, Split], max_length: int, threshold: float = 0.8,
         checks = {
             "tokens": _check_lengths(name, split, max_length),
             "labels": _check_labels(name, split),
+            "stray_tags": _check_tags(name, split),
             "conflicts": _check_conflicts(name, split),
             "languages": _check_languages(name, split),
             "duplicates": _check_duplicates(name, split, threshold),
@@ -377,6 +379,19 @@ def _rows_with(split: Split, column: str, labels: Iterable[str]) -> list[int]:
     wanted = set(labels)
     found = (number for number, item in zip(*split.labelled(), strict=True) if wanted & set(labels_of(item).get(column, [])))
     return list(dict.fromkeys(found))
+
+
+def _check_tags(name: str, split: Split) -> tuple[int, list[Finding]]:
+    """Tags that only seem to go on with a span: most come from a wrong type or a lost B-."""
+    rows = {number: [(row["tags"][i - 1] if i else "the start", row["tags"][i]) for i in stray_tags(row["tags"])]
+            for number, row in zip(split.numbers, split.rows, strict=True) if "tags" in split.learned and "tags" in row}
+    pairs = [pair for found in rows.values() for pair in found]
+    if not pairs:
+        return 0, []
+    return len(pairs), [Finding("warning", "stray-tag", (
+        f"{len(pairs)} tags I-... in {name} continue no span of their type, so each begins one of its own: "
+        f"{_listed([f'{tag} after {before}' for before, tag in dict.fromkeys(pairs)], 5)}"),
+        [number for number, found in rows.items() if found], len(pairs), name)]
 
 
 def _check_conflicts(name: str, split: Split) -> tuple[int, list[Finding]]:

@@ -63,7 +63,7 @@ def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str
     counts, left_out, refused = Counter(), [], {}
 
     def batches() -> Iterator[pa.RecordBatch]:
-        chunks = ((start, [rows[i] for i in range(start, min(start + disk.CHUNK, len(rows)))]) for start in starts)
+        chunks = ((start, rows[start: start + disk.CHUNK]) for start in starts)
         with tqdm(desc=f"Tokenizing {Path(name).name}", total=len(rows), unit="rows", leave=False) as bar:
             for chunk in _each(chunks, one, processes):
                 for number, error in chunk.refused.items():
@@ -91,7 +91,7 @@ def _on_disk(batches: Iterable[pa.RecordBatch]) -> Dataset | None:
     return None if table is None else Dataset(InMemoryTable(table), fingerprint=secrets.token_hex(8))
 
 
-def _each(chunks: Iterator[tuple[int, list[dict]]], one: One, processes: int) -> Iterator[_Chunk]:
+def _each(chunks: Iterator[tuple[int, Sequence[dict]]], one: One, processes: int) -> Iterator[_Chunk]:
     """The chunks encoded, in order; no more of them wait in memory than keep the processes busy."""
     if processes <= 1:
         yield from map(partial(_encode, one=one), chunks)
@@ -113,7 +113,7 @@ def _each(chunks: Iterator[tuple[int, list[dict]]], one: One, processes: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(chunk: tuple[int, list[dict]], one: One) -> _Chunk:
+def _encode(chunk: tuple[int, Sequence[dict]], one: One) -> _Chunk:
     start, rows = chunk
     features, counts, left_out, refused = [], Counter(), [], {}
     for number, row in enumerate(rows, start=start + 1):
@@ -153,5 +153,5 @@ def _start(one: One) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _work(chunk: tuple[int, list[dict]]) -> _Chunk:
+def _work(chunk: tuple[int, Sequence[dict]]) -> _Chunk:
     return _encode(chunk, _one)

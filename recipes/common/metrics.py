@@ -296,6 +296,11 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
+def stray_tags(tags: Sequence[str]) -> list[int]:
+    """Where in IOB2 tags an `I-x` continues no x, as after `O` or `B-y`."""
+    return [i for i, tag in enumerate(tags) if tag[0] == "I" and (i == 0 or tags[i - 1][1:] != tag[1:])]
+
+
 def span_report(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict:
     """Return precision, recall, F1 (0-1) and support (count) of the spans of each type, from the tags of n rows of words.
 

@@ -14,7 +14,6 @@ OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "chat
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
 LISTS = ("messages", "conversations", "history", "tokens", "tags", "label")  # what a CSV file writes as JSON
 OPTIONAL = ("system", "input", "history", "text_pair", "id", "language", "domain")
-SURROGATE = re.compile("[\ud800-\udfff]")
 # Names by which the first line of a table is known to be its header.
 NAMES = {"text", "source", "target", *LISTS, *OPTIONAL, *(name for pair in PAIRS for name in pair)}
 
@@ -221,7 +220,11 @@ def parse(text: str) -> tuple[object, str | None]:
 
 def half_a_character(text: str) -> bool:
     """Whether `text` holds a lone surrogate, which JSON can write and nothing can encode."""
-    return SURROGATE.search(text) is not None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def columns_of(row) -> str:

@@ -113,7 +113,7 @@ def _encode(row: dict, tokenizer, max_length: int, index: dict[str, int], last: 
     for word, at in places.items():
         feature["labels"][at[-1] if last else at[0]] = index.get(tags[word], 0)
     counts = Counter(("unknown", tag[2:]) for tag in tags if tag not in index)
-    counts["stray"] = sum(tag[0] == "I" and (i == 0 or tags[i - 1][1:] != tag[1:]) for i, tag in enumerate(tags))
+    counts["stray"] = len(metrics.stray_tags(tags))
     counts["shortened"] = len(whole["input_ids"]) > max_length
     counts["empty"] = len(tokens) - len(sizes.keys() - {None})
     counts["unread"] = sum(encoding["input_ids"][at[0]] == tokenizer.unk_token_id for at in places.values())
