@@ -16,6 +16,7 @@ divides the rows among processes, each on a GPU of its own or all on the CPU.
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -47,7 +48,7 @@ def main():
     if options.num_beams > 1 and record["task"] != "translate":
         raise UserError(f"--num_beams {options.num_beams} is for --task translate; {run} does --task {record['task']}: leave it out")
     kind = tasks.module(record["task"])
-    source, rows, label = held_out_rows(options, record, kind)
+    source, rows, label = told_here("rows", held_out_rows, options, record, kind)
     used = record["model"]["used"]
     dtype = models.dtype(options.dtype)
     tokenizer = models.load_run_tokenizer(run)
@@ -67,7 +68,7 @@ def main():
     latency = {}
     if options.latency:
         candidates = {name: partial(timed, name, load, task, rows, record, options, latency) for name, load in candidates.items()}
-    scores = kind.evaluate(candidates, task, rows, record, options)
+    scores = told_here(source, kind.evaluate, candidates, task, rows, record, options)
     if processes.rank():
         return
     scores["source"] = source
@@ -100,6 +101,16 @@ def main():
           f"next:\n{talk}"
           f"  {runs.python()} -m tensorboard.main --logdir {run}\n"
           f"  {runs.python()} scripts/train.py   (lists the other recipes)")
+
+
+def told_here(source: str, function, *args):
+    """What `function` returns; its complaints about a row name the `source` of the rows, and a remedy that this script knows."""
+    try:
+        return function(*args)
+    except UserError as error:
+        text = re.sub(r"^rows(?=[,:] )", lambda _: source, str(error))
+        text = re.sub(r" \((--oos_label .* takes it as out of scope, )?--on_bad_row skip [^()]*\)$", "; mend this row or take it out", text)
+        raise UserError(text) from error
 
 
 def timed(name: str, load, task, rows: list[dict], record: dict, options, latency: dict):
