@@ -109,7 +109,8 @@ def test_lineage_grows_and_a_new_method_may_build_on_a_whole_model(parent, data,
 @pytest.mark.parametrize(("recipe", "flags", "wrong"), [
     ("adapter", (), "use the same recipe"), ("full", (), "go on with the recipe that made it"),
     ("lora", ("--rank", "4"), "its r is 8, this one's 4"), ("lora", ("--alpha", "3"), "its lora_alpha is 16, this one's 3"),
-    ("lora", ("--model", "smollm2"), "leave --model out"), ("lora", ("--task", "classify", "--label", "intent"), "no turn has the key")])
+    ("lora", ("--model", "smollm2"), "leave --model out"),
+    ("lora", ("--task", "classify", "--label", "intent"), "was trained with --task chat, not classify: give --task chat$")])
 def test_what_does_not_go_on_is_refused(recipe, flags, wrong, parent, data, tmp_path):
     folder, _ = parent("lora")
     with pytest.raises(UserError, match=wrong):
@@ -134,6 +135,18 @@ def test_labels_are_those_of_the_run_that_is_continued(tiny, tmp_path, write_jso
     several = write_jsonl([row | {"label": [row["label"]]} for row in ROWS], "several.jsonl")
     with pytest.raises(UserError, match="first was trained without --multi_label"):
         go_on("full", tmp_path / "first", several, tmp_path / "three", "--task", "classify", "--multi_label", *SHORT)
+
+
+def test_the_task_is_that_of_the_run(tiny, data, tmp_path, write_jsonl, monkeypatch):
+    """Said before the model is looked at, which would be told as one that can't chat."""
+    file = write_jsonl(ROWS)
+    for recipe, other in (("lora", "$"), ("full", ", or --model in place of --start_from")):
+        run = tmp_path / recipe
+        run_recipe(recipe, tiny("bert"), file, run, "--task", "classify", *SHORT)
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "source_of_run", None)
+            with pytest.raises(UserError, match=f"{recipe} was trained with --task classify, not chat: give --task classify{other}"):
+                go_on(recipe, run, data["first"], tmp_path / "next", *SHORT)
 
 
 # Replay

@@ -132,6 +132,7 @@ def _load(shared, method, training) -> Task:
     if shared.start_from:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
+        _check_same_task(run, record, shared)
         source = models.source_of_run(run, record)
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
@@ -319,10 +320,16 @@ def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, see
     return {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
 
 
+def _check_same_task(run: Path, record: dict, shared) -> None:
+    """Raise `UserError` if the run that is to be continued learned another task."""
+    own = record["task"]
+    if own != shared.task:
+        other = ", or --model in place of --start_from to teach it another task" if (run / "config.json").is_file() else ""
+        raise UserError(f"--start_from {run} was trained with --task {own}, not {shared.task}: give --task {own}{other}")
+
+
 def _facts_of_run(record: dict, shared, facts: dict) -> dict:
     """The labels of the run that is continued, which its head knows, with the counts of the new rows. Raises `UserError` for new ones."""
-    if record["task"] != shared.task:
-        raise UserError(f"--start_from {shared.start_from} was trained for --task {record['task']}, not {shared.task}")
     if "labels" not in facts:
         return facts
     if flags(record).multi_label != shared.multi_label:
