@@ -66,7 +66,7 @@ intent-minilm: FLAGS = --task classify --label intent --context_turns 2
 sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
 tag-minilm: DATA = data/slots
-tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8 --learning_rate 3e-4
+tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8
 tag-minilm: EPOCHS = 10
 intent-minilm sentiment-minilm tag-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
