@@ -384,7 +384,7 @@ def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
 
 def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     """The record: compare.json."""
-    from recipes.common import comparison, item_scores, runs, statistics
+    from recipes.common import comparison, evaluation, item_scores, runs, statistics
 
     texts = {}  # run -> (the lines of its answers, its losses), for all that were scored
     for run, result in results.items():
@@ -393,7 +393,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     refuse_other_rows(texts, results, out)
     own = {name: [run for run in results if run.system == name and run.fraction == 1] for name in chosen}
     scored = {name: [run for run in wanted if run in texts] for name, wanted in own.items()}
-    counts = {run: counts_of(plan, texts[run], result["record"]["recipe"]) for run, result in results.items() if run in texts}
+    counts = {run: counts_of(plan, texts[run], evaluation.beside_columns(result["record"]["recipe"])) for run, result in results.items()
+              if run in texts}
     systems = {name: [counts[run] for run in members] for name, members in scored.items() if members}
     base, model = None, None
     if base_with:
@@ -498,10 +499,12 @@ def described(run: Run, result: dict, out: Path) -> dict:
 
 def costs(finished: list[tuple[dict, Path]], plan) -> dict:
     """What the runs of a system cost, the mean over its seeds; memory the largest."""
+    from recipes.common import evaluation
+
     if not finished:
         return {}
     mean = {key: sum(record[key] for record, _ in finished) / len(finished) for key in ("seconds", "tokens_per_second")}
-    latencies = [float(record["evaluation"][plan.split]["latency"][record["recipe"]]) for record, _ in finished]
+    latencies = [float(record["evaluation"][plan.split]["latency"][evaluation.beside_columns(record["recipe"])]) for record, _ in finished]
     return {**{key: finished[0][0][key] for key in ("trainable_parameters", "total_parameters")}, **mean,
             "peak_memory_mb": max(record["peak_memory_mb"] for record, _ in finished), "disk_mb": disk_mb(finished[0][1]),
             "latency": sorted(latencies)[len(latencies) // 2]}
@@ -535,7 +538,8 @@ def samples(plan, members: dict, texts: dict, results: dict) -> list[dict]:
     """Held-out items, evenly from the first to the last, with the answer of every system (of its first seed)."""
     from recipes.common import evaluation
 
-    by = {name: (texts[run][0], model or results[run]["record"]["recipe"]) for name, (run, model) in members.items()}
+    by = {name: (texts[run][0], model or evaluation.beside_columns(results[run]["record"]["recipe"]))
+          for name, (run, model) in members.items()}
     lines = next(iter(by.values()))[0]
     rows = held_out(plan) if plan.shared.task == "chat" else []
     out = []

@@ -31,8 +31,6 @@ from recipes.common.errors import UserError
 
 # Flags that say what a model is asked.
 READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
-# Columns of the tasks' predictions: in a line, a model's answer stands under its name beside them.
-COLUMNS = {"id", "row", "turn", "language", "text", "label", "right", "source", "reference", "references", "tokens", "tags"}
 
 
 def main():
@@ -54,7 +52,7 @@ def main():
     tokenizer = models.load_run_tokenizer(run)
     task = tasks.of_run(record, tokenizer)
     # Functions, so that one model at a time is in memory.
-    names = member_names([run, *others]) if others else [beside_columns(record["recipe"])]
+    names = member_names([run, *others]) if others else [evaluation.beside_columns(record["recipe"])]
     candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True)
                   for name, folder in zip(names, (run, *others), strict=True)}
     if others:
@@ -147,14 +145,11 @@ def join(loaders):
     return Ensemble([load() for load in loaders])
 
 
-def beside_columns(name: str) -> str:
-    """`name`, or one that overwrites no column of the predictions, as "label-run"."""
-    return f"{name}-run" if name in COLUMNS else name
-
-
 def member_names(folders: list[Path]) -> list[str]:
     """A name for each run: that of its folder, or the whole path where two would be called the same."""
-    names = [beside_columns(folder.resolve().name) for folder in folders]
+    from recipes.common import evaluation
+
+    names = [evaluation.beside_columns(folder.resolve().name) for folder in folders]
     return names if len({*names, "ensemble"}) > len(names) else [str(folder.resolve()) for folder in folders]
 
 

@@ -18,7 +18,7 @@ from test_methods import run_recipe
 from test_translate import ROWS as PAIRS
 from test_translate import task_for
 
-from recipes.common import generation, losses
+from recipes.common import evaluation, generation, losses
 
 
 def part(values, targets):
@@ -156,7 +156,8 @@ def test_a_run_named_like_a_column_leaves_the_right_answers(tiny, tmp_path, writ
 
 def test_no_name_of_a_model_is_that_of_a_column():
     script = runpy.run_path(str(ROOT / "scripts/evaluate.py"))
-    columns, names = script["COLUMNS"], script["member_names"]
+    columns, names = evaluation.COLUMNS, script["member_names"]
+    assert [evaluation.beside_columns(recipe) for recipe in ("label", "lora")] == ["label-run", "lora"]
     assert names([Path("/a/tags"), Path("/a/one")]) == ["tags-run", "one"]
     assert names([Path("/a/tags"), Path("/a/tags-run")]) == ["/a/tags", "/a/tags-run"]
     written = {key.value for path in (ROOT / "recipes/common/tasks").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))

@@ -5,6 +5,8 @@ from collections import defaultdict
 
 LANGUAGES = ("en", "zh", "all")
 REPORTED = 20  # answers that the report shows beside each other
+# Columns of the tasks' predictions: in a line, a model's answer stands under its name beside them.
+COLUMNS = {"id", "row", "turn", "language", "text", "label", "right", "source", "reference", "references", "tokens", "tags"}
 
 
 def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str], samples: list, predictions: list[dict],
@@ -18,6 +20,11 @@ def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str
     """
     return {"rows": rows, "unit": unit, "columns": list(columns), "table": sorted(scored, key=lambda row: LANGUAGES.index(row["language"])),
             "notes": notes, "signature": signature, "samples": samples, "predictions": predictions, "losses": losses, **more}
+
+
+def beside_columns(name: str) -> str:
+    """`name`, or one that overwrites no column of the predictions, as "label-run"."""
+    return f"{name}-run" if name in COLUMNS else name
 
 
 def slices(keys: list[dict[str, str]], columns, scorers: dict) -> dict:
