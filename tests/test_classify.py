@@ -20,7 +20,7 @@ from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.head_start import SCALES
 from recipes.common.scoring import dataset_outputs
-from recipes.common.tasks import classify
+from recipes.common.tasks import classify, pretrain
 
 ROWS = [{"text": "Where is my order?", "label": "order_status"}, {"text": "我想退货。", "label": "return_item"},
         {"text": "Has it been sent?", "label": "order_status"}, {"text": "The lamp arrived broken", "label": "damaged_goods"},
@@ -71,6 +71,26 @@ def test_turns_of_a_dialogue_become_rows_with_their_context():
 ])
 def test_a_row_that_breaks_the_contract(row, options, wrong):
     assert wrong in classify.check(flags(**options))(row)
+
+
+@pytest.mark.parametrize(("value", "multi_label", "wrong"), [
+    ("", False, "visible text"), (True, False, "a string or a whole number"), (3.5, False, "a string or a whole number"),
+    ({"x": 1}, False, "a string or a whole number"), (["a"], False, "a string or a whole number"), ("greet", True, "as --multi_label says"),
+    ([""], True, "visible text"), (["a", "a"], True, "twice"), (None, False, 'no turn has the key "intent"'),
+])
+def test_the_label_of_a_turn_keeps_the_contract_of_rows(value, multi_label, wrong, write_jsonl):
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho", "intent": value}]}
+    good = {"messages": [{"role": "user", "content": "Hi", "intent": ["greet"] if multi_label else "greet"}]}
+    with pytest.raises(UserError, match="row 2: ") as caught:
+        data.read(write_jsonl([good, row]), classify.check(flags(label="intent", multi_label=multi_label)))
+    assert wrong in str(caught.value) and (value is None or "turn 2: " in str(caught.value))
+
+
+def test_customers_alone_make_rows_and_null_is_no_label():
+    shared = flags(label="intent")
+    row = {"messages": [{"role": "user", "content": "Hi", "intent": "greet"}, {"role": "user", "content": "Hm", "intent": None}]}
+    assert classify.check(shared)(row) is None and [own["text"] for own in classify.rows([row], shared)] == ["Hi"]
+    assert pretrain.check(shared)(row) is None and "no assistant turn" in data.check_dialogue(row)  # nothing for chat to learn
 
 
 @pytest.mark.parametrize("row", [{"text": "x", "label": "a"}, {"text": "x", "text_pair": "y", "label": 0},

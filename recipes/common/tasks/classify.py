@@ -44,15 +44,14 @@ def _texts(rows, shared):
             yield {**row, "label": row[shared.label]}
             number += 1
             continue
-        for i, turn in enumerate(row["messages"]):
-            if shared.label in turn:
-                before = row["messages"][max(0, i - shared.context_turns): i]
-                context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-                yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
-                        "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
-                       | {key: row[key] for key in ("language",) if key in row}
-                       | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
-                number += 1
+        for i, turn in data.labelled_turns(row, shared.label):
+            before = row["messages"][max(0, i - shared.context_turns): i]
+            context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
+            yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
+                    "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
+                   | {key: row[key] for key in ("language",) if key in row}
+                   | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
+            number += 1
 
 
 def facts(rows, shared) -> dict:
