@@ -129,6 +129,34 @@ def test_pairs_are_read_as_the_tokenizer_joins_them_and_counted_when_cut(tiny):
     assert decoder.tokenizer.decode(ids) == "user: Hi\nWhere is my order?"
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+def test_a_context_that_is_too_long_loses_its_oldest_words_and_the_text_none(kind, tiny):
+    """The oldest word of the context says "first", the newest "Friday"; a text too long by itself loses its end and its context."""
+    asked, shared = "Where is my order?", flags(label="intent", context_turns=2)
+    dialogue = {"messages": [{"role": "user", "content": "first " + "Hello " * 30}, {"role": "assistant", "content": "on Friday"},
+                             {"role": "user", "content": asked, "intent": "a"}, {"role": "user", "content": "Yes", "intent": "b"}]}
+    long = {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "order " * 200, "intent": "a"}]}
+    rows = classify.rows([dialogue, long], shared)
+    task = task_for(tiny(kind), [dialogue, long], label="intent", context_turns=2, max_length=48)
+    features, counts = task.encode(rows, "x")
+    texts = [task.tokenizer.decode(ids, skip_special_tokens=True).lower().replace(" ", "") for ids in features["input_ids"]]
+    plain = asked.lower().replace(" ", "")
+    assert plain in texts[0] and "onfriday" in texts[0] and "first" not in texts[0]
+    assert texts[2].startswith("orderorder") and len(features["input_ids"][2]) == 48
+    assert max(map(len, features["input_ids"])) == 48 and len(features["input_ids"][0]) > 40
+    whole = "1 rows exceed --max_length 48 and lost their end"
+    assert counts["shortened"] == 2 and counts["sentences"][:2] == [
+        whole, "2 rows exceed --max_length 48 with their context, which lost its beginning, or all"]
+    fitting, counts = task_for(tiny(kind), [dialogue, long], label="intent", context_turns=2, max_length=250).encode(rows[:2], "x")
+    assert "first" in task.tokenizer.decode(fitting["input_ids"][0]) and counts["shortened"] == 0
+
+
+def test_of_two_texts_side_by_side_an_encoder_reads_the_beginning_of_both(tiny):
+    row = {"text": "order " * 40, "text_pair": "Hello " * 40, "label": "order_status"}
+    features, counts = task_for(tiny("bert"), max_length=21).encode([row], "x")
+    assert features["token_type_ids"][0].count(1) == 10 and "1 rows exceed --max_length 21 and lost their end" in counts["sentences"]
+
+
 def test_balanced_weights_make_all_labels_alike_in_sum(tiny):
     task = task_for(tiny("bert"), class_weights="balanced")
     features, _ = task.encode(ROWS, "x", training=True)

@@ -4,6 +4,7 @@ Rows are {"text", "label"} with an optional "text_pair", or dialogues: then each
 read alone or with the `--context_turns` turns before it.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from functools import partial
 
@@ -47,7 +48,7 @@ def _texts(rows, shared):
         for i, turn in data.labelled_turns(row, shared.label):
             before = row["messages"][max(0, i - shared.context_turns): i]
             context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-            yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
+            yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None, "of_dialogue": True,
                     "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
                    | {key: row[key] for key in ("language",) if key in row}
                    | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
@@ -94,8 +95,9 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights. `ended`: for a
     model that reads one text and decides at the token that ends it.
 
-    A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. A row of
-    more than `shared.max_length` tokens loses its end, a context its beginning. Raises `UserError`.
+    A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. Where a
+    row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
+    that is no context, loses its end. Raises `UserError`.
     """
     mean = sum(labels.values()) / len(labels)
     balanced = training and shared.class_weights == "balanced"
@@ -105,8 +107,11 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
     sentences = []
-    if counts["shortened"]:
-        sentences.append(f"{counts['shortened']} rows exceed --max_length {shared.max_length} and lost their end")
+    if counts["cut"]:
+        sentences.append(f"{counts['cut']} rows exceed --max_length {shared.max_length} and lost their end")
+    if counts["context"]:
+        sentences.append(f"{counts['context']} rows exceed --max_length {shared.max_length} with their context, which lost its beginning, "
+                         "or all")
     if counts["ends"]:
         sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
     if left_out:
@@ -125,8 +130,8 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
     outside = shared.oos_label in own
     if outside and training:
         return None, {}
-    feature, length = _tokens(row, tokenizer, shared.max_length, ended)
-    counts = {"shortened": length > shared.max_length, "supervised": not outside}
+    feature, cut, context = _tokens(row, tokenizer, shared.max_length, ended)
+    counts = {"shortened": cut or context, "cut": cut, "context": context, "supervised": not outside}
     if ended:
         counts["ends"] = feature["input_ids"].count(tokenizer.eos_token_id) > 1
         feature["input_ids"] = _end_once(feature["input_ids"], tokenizer.eos_token_id, shared.max_length)
@@ -139,15 +144,23 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
     return feature, {**counts, "tokens": len(feature["input_ids"])}
 
 
-def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, int]:
-    """(features of a text and what goes with it, the number of tokens they would have in full)."""
+def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, bool, bool]:
+    """(features of a text and what goes with it, whether they lost their end, whether a context lost its beginning)."""
     text, pair = row["text"], row.get("text_pair")
     one = ended or tokenizer.sep_token is None  # a model that decides where the text ends reads one text
-    if pair and one:
-        text, pair = f"{pair}\n{text}", None
-    whole = len(tokenizer(text, pair)["input_ids"])
-    encoding = tokenizer(text, pair, truncation="longest_first", max_length=max_length)
-    return {key: encoding[key] for key in ("input_ids", *(() if one else ("token_type_ids",))) if key in encoding}, whole
+
+    def read(pair, **options):
+        return tokenizer(f"{pair}\n{text}", **options) if pair and one else tokenizer(text, pair, **options)
+
+    def fits(pair):
+        return len(read(pair)["input_ids"]) <= max_length
+
+    cut, context = not fits(pair), False
+    if cut and pair and (one or row.get("of_dialogue")):  # what is next to the text stays; two texts side by side are cut alike
+        pair = pair[bisect_left(range(len(pair)), True, key=lambda start: fits(pair[start:])):] or None
+        cut, context = pair is None and not fits(None), True
+    encoding = read(pair, truncation="longest_first", max_length=max_length)
+    return {key: encoding[key] for key in ("input_ids", *(() if one else ("token_type_ids",))) if key in encoding}, cut, context
 
 
 def _end_once(ids: list[int], end: int, max_length: int) -> list[int]:
