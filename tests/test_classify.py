@@ -176,6 +176,15 @@ def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):
     assert task.encode(rows, "x")[0]["labels"][-1] == IGNORE
 
 
+def test_dev_rows_that_are_all_out_of_scope_measure_nothing(tiny):
+    task = task_for(tiny("bert"), oos_label="oos")
+    outside = [{"text": "Sing a song", "label": "oos"}]
+    with pytest.raises(UserError, match=r"^my/dev.jsonl: all rows are out of scope \(--oos_label oos\).*: add rows with labels"):
+        task.encode(outside, "my/dev.jsonl")
+    assert len(task.encode([*outside, ROWS[0]], "my/dev.jsonl")[0]) == 2
+    assert len(task.encode(outside, "rows", outside_alone=True)[0]) == 1
+
+
 # Loss and scores
 
 
@@ -368,6 +377,18 @@ def test_it_learns_its_rows_and_evaluates_them(kind, tiny, folder, tmp_path):
     with torch.no_grad():
         trained = losses.rows(trainer.model.eval(), task.collate([features[i] for i in range(6)]))[0].logits
     np.testing.assert_allclose(again, trained.numpy(), atol=1e-4)
+
+
+def test_test_rows_out_of_scope_or_too_long_are_scored_and_told(tiny, folder, tmp_path, write_jsonl):
+    shutil.copytree(folder, tmp_path / "data")
+    write_jsonl([{"text": "Sing a song " * 20, "label": "oos"}, {"text": "写首诗", "label": "oos"}], "data/test.jsonl")
+    run_recipe("full", tiny("bert"), tmp_path / "data", tmp_path / "run", "--task", "classify", "--oos_label", "oos", "--max_steps", "1",
+               "--load_best_model_at_end", "False", "--max_length", "32")
+    result = call("scripts/evaluate.py", "--run", tmp_path / "run", "--json", tmp_path / "scores.json", "--dtype", "float32")
+    assert result.code == 0, result.err
+    assert "note: 1 rows exceed --max_length 32 and lost their end" in result.out
+    [row] = [row for row in json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["table"] if row["language"] == "all"]
+    assert row["count"] == 2
 
 
 def test_a_run_that_labels_does_not_chat(tiny, folder, tmp_path):

@@ -91,9 +91,10 @@ def make(shared, source, tokenizer, facts) -> Task:
 
 
 def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
-           labels: dict[str, int], ended: bool = False) -> tuple[Dataset, dict]:
+           labels: dict[str, int], ended: bool = False, outside_alone: bool = False) -> tuple[Dataset, dict]:
     """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights. `ended`: for a
-    model that reads one text and decides at the token that ends it.
+    model that reads one text and decides at the token that ends it. `outside_alone`: rows that are all out of scope will do, as no loss is
+    needed.
 
     A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. Where a
     row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
@@ -106,6 +107,9 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     features, counts, left_out, refused = encoding.encode(rows, name, one, "row", on_bad_row, shared.preprocessing_num_workers)
     if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
+    if not counts["supervised"] and not outside_alone:
+        raise UserError(f"{name}: all rows are out of scope (--oos_label {shared.oos_label}), so there is no loss to measure: add rows "
+                        "with labels of the train rows")
     sentences = []
     if counts["cut"]:
         sentences.append(f"{counts['cut']} rows exceed --max_length {shared.max_length} and lost their end")
@@ -227,7 +231,7 @@ def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """Accuracy and F1 of the labels, by language and in all, with a report on each label; the most frequent label beside them if asked."""
     shared, names = flags(record), list(task.config["label2id"])
-    features, counts = task.encode(rows, "rows", shared.on_bad_row)
+    features, counts = task.encode(rows, "rows", shared.on_bad_row, outside_alone=True)
     for sentence in counts["refused"].values():
         print(f"skipped {sentence}")
     rows = [row for number, row in enumerate(rows, start=1) if number not in counts["refused"]]
@@ -251,7 +255,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
                for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, "text": row["text"], "label": right[i],
                     **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
-    notes, more = [], {"slices": _slices(rows, languages, logits, labels, shared)}
+    notes, more = [*counts["sentences"]], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
         notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
     if not shared.multi_label:
@@ -273,7 +277,7 @@ def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
     scored = []
     for language in [*sorted(set(languages)), "all"]:
         at = np.array([language in (own, "all") for own in languages])
-        values = {"loss": mean_loss(sums[at])["loss"]} if np.isfinite(sums[at]).all() else {}
+        values = {"loss": mean_loss(sums[at])["loss"]} if sums[at, 1].sum() > 0 else {}  # NaN, or all of them out of scope, has none
         if shared.multi_label:
             values |= {key: 100 * value for key, value in multi_label_scores(logits[at] > 0, labels[at] > 0).items()}
         else:
