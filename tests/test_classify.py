@@ -185,6 +185,25 @@ def test_dev_rows_that_are_all_out_of_scope_measure_nothing(tiny):
     assert len(task.encode(outside, "rows", outside_alone=True)[0]) == 1
 
 
+def test_what_flags_and_columns_do_not_do_is_told(tiny):
+    def said(rows, training=True, **options):
+        return task_for(tiny("bert"), rows, **options).encode(rows, "x", training=training)[1]["sentences"]
+
+    assert said(ROWS) == []
+    for training in (True, False):
+        assert said(ROWS, training, oos_label="oops") == ["no row has the label 'oops', which --oos_label takes as out of scope"]
+        assert not any("no row has" in sentence for sentence in said([*ROWS, {"text": "x", "label": "oops"}], training, oos_label="oops"))
+    assert said(ROWS, context_turns=2) == ["6 of 6 rows are no turns of a dialogue: --context_turns changes nothing for them"]
+    assert said([{**ROWS[0], "text_pair": "Hi"}, *ROWS]) == ["1 of 7 rows have a text_pair, the others are read without"]
+    assert said([{**row, "text_pair": "Hi"} for row in ROWS]) == []
+    assert said([*ROWS, {"text": "x", "label": "Lost_card "}]) == [
+        "the labels 'Lost_card ' and 'lost_card' differ only in case or in blanks around them: they count as two"]
+    assert said([*ROWS, {"text": "x", "label": "OOS"}], oos_label="oos")[0].startswith("the labels 'OOS' and 'oos' differ only in case")
+    turns = [{"messages": [{"role": "user", "content": "Hi", "intent": "a"}, {"role": "user", "content": "Yes", "intent": "b"}]}]
+    shared = flags(label="intent", context_turns=2)  # the first turn has no context, as is to be expected
+    assert task_for(tiny("bert"), turns, label="intent", context_turns=2).encode(classify.rows(turns, shared), "x")[1]["sentences"] == []
+
+
 # Loss and scores
 
 
@@ -440,7 +459,8 @@ def test_an_encoder_decoder_reads_one_text_that_ends_once(tiny):
     assert task.tokenizer.decode(features[0]["input_ids"][:-1]) == "user: Hi\nWhere is it?"
     assert len(features[2]["input_ids"]) == 40
     assert counts["sentences"] == ["1 rows exceed --max_length 40 and lost their end",
-                                   "1 rows hold the token </s>, which ends a text: it is left out of theirs"]
+                                   "1 rows hold the token </s>, which ends a text: it is left out of theirs",
+                                   "1 of 3 rows have a text_pair, the others are read without"]
     model = task.load_model().eval()
     [part] = task.loss(model, task.collate(list(features)))
     for row, logits in zip(features, part.logits, strict=True):  # padding changes nothing

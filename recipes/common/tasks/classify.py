@@ -110,6 +110,25 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     if not counts["supervised"] and not outside_alone:
         raise UserError(f"{name}: all rows are out of scope (--oos_label {shared.oos_label}), so there is no loss to measure: add rows "
                         "with labels of the train rows")
+    return features, {
+        "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
+        **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
+        "sentences": [*(_alike([*labels, shared.oos_label or ""]) if training else ()),
+                      *_sentences(counts, len(features), len(left_out), tokenizer, shared)]}
+
+
+def _alike(labels: list[str]) -> list[str]:
+    """A sentence on each label that another one differs from only in case or in the blanks around it."""
+    seen, sentences = {}, []
+    for label in labels:
+        first = seen.setdefault(label.strip().casefold(), label)
+        if first != label:
+            sentences.append(f"the labels {first!r} and {label!r} differ only in case or in blanks around them: they count as two")
+    return sentences
+
+
+def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> list[str]:
+    """What became of the rows that were kept and of those out of scope that were left out, as far as it is not what one would expect."""
     sentences = []
     if counts["cut"]:
         sentences.append(f"{counts['cut']} rows exceed --max_length {shared.max_length} and lost their end")
@@ -118,11 +137,15 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
                          "or all")
     if counts["ends"]:
         sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
+    if counts["flat"] and shared.context_turns:
+        sentences.append(f"{counts['flat']} of {kept} rows are no turns of a dialogue: --context_turns changes nothing for them")
+    if 0 < counts["pairs"] < counts["flat"]:
+        sentences.append(f"{counts['pairs']} of {counts['flat']} rows have a text_pair, the others are read without")
     if left_out:
-        sentences.append(f"{len(left_out)} out-of-scope rows are not trained on")
-    return features, {
-        "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
-        **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+        sentences.append(f"{left_out} out-of-scope rows are not trained on")
+    elif shared.oos_label and counts["supervised"] == kept:
+        sentences.append(f"no row has the label {shared.oos_label!r}, which --oos_label takes as out of scope")
+    return sentences
 
 
 def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[str, float] | None,
@@ -136,6 +159,8 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
         return None, {}
     feature, cut, context = _tokens(row, tokenizer, shared.max_length, ended)
     counts = {"shortened": cut or context, "cut": cut, "context": context, "supervised": not outside}
+    if not row.get("of_dialogue"):
+        counts |= {"flat": True, "pairs": bool(row.get("text_pair"))}
     if ended:
         counts["ends"] = feature["input_ids"].count(tokenizer.eos_token_id) > 1
         feature["input_ids"] = _end_once(feature["input_ids"], tokenizer.eos_token_id, shared.max_length)
