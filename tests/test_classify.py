@@ -196,12 +196,23 @@ def test_what_flags_and_columns_do_not_do_is_told(tiny):
     assert said(ROWS, context_turns=2) == ["6 of 6 rows are no turns of a dialogue: --context_turns changes nothing for them"]
     assert said([{**ROWS[0], "text_pair": "Hi"}, *ROWS]) == ["1 of 7 rows have a text_pair, the others are read without"]
     assert said([{**row, "text_pair": "Hi"} for row in ROWS]) == []
-    assert said([*ROWS, {"text": "x", "label": "Lost_card "}]) == [
+    assert said([*ROWS, {"text": "Yes", "label": "Lost_card "}]) == [
         "the labels 'Lost_card ' and 'lost_card' differ only in case or in blanks around them: they count as two"]
     assert said([*ROWS, {"text": "x", "label": "OOS"}], oos_label="oos")[0].startswith("the labels 'OOS' and 'oos' differ only in case")
     turns = [{"messages": [{"role": "user", "content": "Hi", "intent": "a"}, {"role": "user", "content": "Yes", "intent": "b"}]}]
     shared = flags(label="intent", context_turns=2)  # the first turn has no context, as is to be expected
-    assert task_for(tiny("bert"), turns, label="intent", context_turns=2).encode(classify.rows(turns, shared), "x")[1]["sentences"] == []
+    told = task_for(tiny("bert"), turns, label="intent", context_turns=2).encode(classify.rows(turns, shared), "x")[1]["sentences"]
+    assert not any("text_pair" in sentence or "--context_turns" in sentence for sentence in told)
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(tiny):
+    rows = [*ROWS, {"text": "我们的狗", "label": "lost_card"}]  # two of its characters
+    _, counts = task_for(tiny("bert"), rows).encode(rows, "x")
+    assert counts["sentences"] == [f"2 of {counts['tokens']} tokens are unknown to the tokenizer, and the same [UNK] to the model: it goes "
+                                   "by what stands around them"]
+    task = task_for(tiny("gpt2"), rows)
+    task.tokenizer.unk_token = task.tokenizer.eos_token  # as GPT-2's says of itself
+    assert task.encode([*rows, {"text": "Hi<|endoftext|>", "label": "lost_card"}], "x")[1]["sentences"] == []
 
 
 # Loss and scores

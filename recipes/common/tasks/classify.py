@@ -137,6 +137,9 @@ def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> 
                          "or all")
     if counts["ends"]:
         sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
+    if counts["unknown"]:
+        sentences.append(f"{counts['unknown']:,} of {counts['tokens']:,} tokens are unknown to the tokenizer, and the same "
+                         f"{tokenizer.unk_token} to the model: it goes by what stands around them")
     if counts["flat"] and shared.context_turns:
         sentences.append(f"{counts['flat']} of {kept} rows are no turns of a dialogue: --context_turns changes nothing for them")
     if 0 < counts["pairs"] < counts["flat"]:
@@ -170,6 +173,8 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
         feature["labels"] = IGNORE if outside else index[own[0]]
     if weights:
         feature["weights"] = weights[own[0]]
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # as with GPT-2 and OPT, which know all bytes
+        counts["unknown"] = feature["input_ids"].count(tokenizer.unk_token_id)
     return feature, {**counts, "tokens": len(feature["input_ids"])}
 
 
