@@ -66,14 +66,14 @@ intent-minilm: FLAGS = --task classify --label intent --context_turns 2
 sentiment-minilm: FLAGS = --task classify --label sentiment --context_turns 2
 intent-minilm sentiment-minilm: EPOCHS = 8
 tag-minilm: DATA = data/slots
-tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8 --learning_rate 3e-4
+tag-minilm: FLAGS = --task tag --per_device_train_batch_size 8
 tag-minilm: EPOCHS = 10
 intent-minilm sentiment-minilm tag-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
 
 # From scratch: SmolLM2's architecture in small sizes. It takes minutes, and learns no more than what such text looks like.
 pretrain-tiny: MODEL ?= smollm2
-pretrain-tiny: FLAGS = --task pretrain --from_scratch --vocab_size 2000 --max_length 128 --config $(SIZES)
+pretrain-tiny: FLAGS = --task pretrain --from_scratch --vocab_size 2000 --max_length 128 --config_overrides $(SIZES)
 pretrain-tiny: SIZES = hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=2,head_dim=32
 pretrain-tiny: EPOCHS = 20
 pretrain-tiny: $(STAMP)

@@ -20,7 +20,7 @@ class MethodArguments(args.Method):
     learns_from_scratch = True
 
     learning_rate: float = trainer_option(2e-4, "best on SmolLM2-135M (docs/benchmarks.md); models of billions want 1e-5",
-                                          from_scratch=1e-3)
+                                          tag=3e-4, from_scratch=1e-3)
     weight_decay: float = trainer_option(0.01, "a mild pull towards zero, the usual value for fine-tuning")
     train_top_layers: int = option(None, "freeze all but the top N blocks, the final norm and the head; default: train all", at_least=1)
 

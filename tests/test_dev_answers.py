@@ -126,7 +126,7 @@ def test_training_takes_no_notice(recipe, tiny, data, tmp_path):
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_pairs_and_the_best_checkpoint_by_what_is_written(kind, tiny, pairs, tmp_path):
-    best = ("--metric_for_best_model", "chrf", "--greater_is_better", "True", "--early_stopping_patience", "9")
+    best = ("--metric_for_best_model", "chrf", "--early_stopping_patience", "9")
     trainer = run_recipe("full", tiny(kind), pairs, tmp_path / "run", "--task", "translate", *STEPS, "--max_steps", "6",
                          "--learning_rate", "1e-2", *ANSWERS, *best)
     values = [e["eval_chrf"] for e in trainer.state.log_history if "eval_chrf" in e]
@@ -153,7 +153,9 @@ def test_two_processes_agree(tiny, data, tmp_path):
 
 @pytest.mark.parametrize(("flags", "parts"), [
     (("--metric_for_best_model", "bleu", "--greater_is_better", "True"), ["--metric_for_best_model bleu", "--eval_generate_rows"]),
-    (("--metric_for_best_model", "eval_rougeL", "--eval_generate_rows", "4"), ["rougeL", "--greater_is_better True"]),
+    (("--metric_for_best_model", "eval_rougeL", "--eval_generate_rows", "4", "--greater_is_better", "False"),
+     ["--metric_for_best_model rougeL", "worst", "--greater_is_better False"]),
+    (("--task", "classify", "--metric_for_best_model", "f1"), ["--metric_for_best_model f1", "loss, accuracy, f1_macro"]),
     (("--task", "tag", "--eval_generate_rows", "4"), ["--eval_generate_rows is for --task chat or translate", "--task tag"]),
 ])
 def test_what_can_t_be_is_refused(flags, parts, tiny, data, tmp_path):

@@ -18,7 +18,7 @@ from test_translate import ROWS as PAIRS
 from transformers import AutoTokenizer, BertForMaskedLM, MarianConfig, T5Config, T5ForConditionalGeneration
 
 from recipes import full, lora, prefix
-from recipes.common import models, tasks
+from recipes.common import args, models, tasks
 from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs
 
@@ -65,12 +65,21 @@ def test_a_cell_works(task, kind, method, tiny, files, tmp_path):
     assert any(re.fullmatch(HEAD, name) for name in changed) == (task in ("classify", "tag") and method != "full")
 
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"].keys() == {f"dev_{name}" for name in args.DEV_SCORES[task] if name not in args.WRITTEN}
     again = tasks.of_run(record, models.load_run_tokenizer(run))
     loaded = models.load_run(run, torch.float32, again.auto_class, again.config)
     rows = tasks.module(task).rows(ROWS[task], tasks.flags(record))
     features, _ = again.encode(rows, "rows")
     for one, other in zip(*(dataset_outputs(model.eval(), again, features, "x") for model in (trainer.model, loaded)), strict=True):
         assert one[0] == pytest.approx(other[0], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("task", "score", "best"), [("classify", "accuracy", max), ("tag", "eval_f1", max), ("tag", "loss", min)])
+def test_the_best_checkpoint_is_the_best_whatever_it_is_measured_by(task, score, best, tiny, files, tmp_path):
+    trainer = run_recipe("full", tiny("bert"), files[task], tmp_path / "run", "--task", task, "--num_train_epochs", "12",
+                         "--learning_rate", "0.03", "--metric_for_best_model", score)
+    values = [entry[f"eval_{score.removeprefix('eval_')}"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == best(values) and len(set(values)) > 1
 
 
 @pytest.mark.parametrize("method", METHODS)

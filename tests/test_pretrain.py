@@ -457,7 +457,8 @@ def test_a_model_from_scratch_has_the_sizes_and_the_vocabulary_asked_for_and_is_
     size, sizes = OF_KIND[kind]
     config, run = tmp_path / "model", tmp_path / "run"  # config and tokenizer alone: no weight is read
     shutil.copytree(tiny(kind), config, ignore=shutil.ignore_patterns("*.safetensors"))
-    trainer = run_recipe("full", config, folder, run, *PLAIN, "--from_scratch", "--vocab_size", size, "--config", sizes, "--max_steps", "1")
+    trainer = run_recipe("full", config, folder, run, *PLAIN, "--from_scratch", "--vocab_size", size, "--config_overrides", sizes,
+                         "--max_steps", "1")
     record = models.read_record(run)
     task = tasks.of_run(record, models.load_run_tokenizer(run))
     model = models.load_run(run, torch.float32, task.auto_class)
@@ -490,12 +491,12 @@ def test_the_start_of_a_run_that_was_moved_is_found_by_evaluate(tiny, folder, tm
 
 
 def test_a_run_from_scratch_resumes_exactly_and_with_its_own_sizes(tiny, folder, tmp_path):
-    flags = ("--from_scratch", "--vocab_size", "290", "--config", "n_layer=1")
+    flags = ("--from_scratch", "--vocab_size", "290", "--config_overrides", "n_layer=1")
     steps = (*STEPS, "--max_length", "16", "--max_steps", "8")
     through = run_recipe("full", tiny("gpt2"), folder, tmp_path / "through", *steps, *flags)
     with pytest.raises(Killed):
         run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, trainer_class=Interrupted)
-    for other, wrong in ((("--config", "n_layer=2"), "--config n_layer=2: the run that is resumed began with n_layer=1"),
+    for other, wrong in ((("--config_overrides", "n_layer=2"), "--config_overrides n_layer=2: .* began with n_layer=1"),
                          (("--vocab_size", "280"), "--vocab_size 280: .* began with 290"), (("--seed", "7"), "--seed 7: .* began with 42")):
         with pytest.raises(UserError, match=wrong):
             run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, *other, "--resume_from_checkpoint")
@@ -520,13 +521,14 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny, folder, 
     ("n_positions=6", "--max_length 8 exceeds the 6 tokens")])
 def test_sizes_that_make_no_model(text, wrong, tiny, folder, tmp_path):
     with pytest.raises(UserError, match=wrong):
-        run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--max_length", "8", "--from_scratch", "--config", text)
+        run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--max_length", "8", "--from_scratch",
+                   "--config_overrides", text)
     assert not (tmp_path / "run" / "start").exists()
 
 
 def test_sizes_that_a_config_itself_refuses(tiny, folder, tmp_path):
     with pytest.raises(UserError, match="num_attention_heads=3 gives no model that works"):
-        run_recipe("full", tiny("llama"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--config", "num_attention_heads=3")
+        run_recipe("full", tiny("llama"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--config_overrides", "num_attention_heads=3")
 
 
 def test_sizes_are_read_by_the_type_that_they_have():
@@ -554,7 +556,7 @@ def test_only_full_learns_from_scratch(recipe, tiny, folder, tmp_path):
 
 @pytest.mark.parametrize(("flags", "wrong"), [
     (("--task", "pretrain", "--vocab_size", "300"), "--vocab_size .*add --from_scratch"),
-    (("--task", "pretrain", "--config", "n_layer=1"), "--config .*add --from_scratch"),
+    (("--task", "pretrain", "--config_overrides", "n_layer=1"), "--config_overrides .*add --from_scratch"),
     (("--task", "chat", "--from_scratch"), "--from_scratch is for --task pretrain"),
     (("--task", "pretrain", "--from_scratch", "--train_top_layers", "1"), "--train_top_layers would leave"),
     (("--task", "pretrain", "--from_scratch", "--start_from", "x"), "--start_from")])

@@ -260,7 +260,7 @@ def check_command(words: list[str], copies: set[str]) -> str | None:
         recipe = file_of(given[given.index("--recipe") + 1])
         if recipe not in copies and not (ROOT / recipe).is_file():
             return f"there is no recipe {recipe}"
-        known = recipe_flags(recipe)
+        known = recipe_flags(recipe) - {"--config"}  # that one repeats a finished run, whose recipe is known
     unknown = [word for word in given if word.startswith("--") and word.split("=")[0] not in known]
     return f"{script} has no flag {unknown[0]}" if unknown else None
 

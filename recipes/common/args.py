@@ -37,6 +37,11 @@ def trainer_option(default, help, **others):
 FAULTS = "when a run is interrupted or goes wrong"
 WRITING = ("chat", "translate")  # tasks whose models write text
 WRITTEN = ("bleu", "rougeL", "chrf")  # metrics of what they write
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+# What the dev rows of a task are scored by.
+DEV_SCORES = {"chat": ("loss", "perplexity", *WRITTEN), "translate": ("loss", "perplexity", *WRITTEN),
+              "classify": ("loss", "accuracy", "f1_macro"), "tag": ("loss", "f1", "precision", "recall"),
+              "pretrain": LOWER_IS_BETTER}
 
 
 @dataclass
@@ -126,7 +131,7 @@ class SharedArguments:
     from_scratch: bool = option(False, "only the architecture of --model: weights drawn at random (--seed)", task="pretrain")
     vocab_size: int = option(None, "with --from_scratch: train a tokenizer of the model's kind, of N tokens, on the train rows (default: "
                              "the model's own tokenizer)", task="pretrain", at_least=8)
-    config: str = option(None, "with --from_scratch: other sizes, as in num_hidden_layers=4,hidden_size=256", task="pretrain")
+    config_overrides: str = option(None, "with --from_scratch: other sizes, as in num_hidden_layers=4,hidden_size=256", task="pretrain")
 
 
 @dataclass
@@ -155,7 +160,7 @@ TRAINER_DEFAULTS = {
     "save_total_limit": (2, "checkpoints kept: the best and the last"),
     "load_best_model_at_end": (True, "end with the checkpoint that scored best on dev"),
     "metric_for_best_model": ("loss", "what 'best' means"),
-    "greater_is_better": (False, "lower is better for a loss"),
+    "greater_is_better": (None, "as is right for that metric"),
     "include_num_input_tokens_seen": ("non_padding", "count the tokens trained on, for tokens per second"),
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
@@ -360,17 +365,31 @@ def check_task(shared: SharedArguments, argv: list[str]) -> None:
             raise UserError(f"--{f.name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
 
 
+def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
+    """Which checkpoint is the best: by a score that there will be, and in the direction that is right for it."""
+    best = (training.metric_for_best_model or "").removeprefix("eval_")
+    if not best:
+        return
+    there = [*DEV_SCORES[shared.task], *(["f1_micro"] if shared.multi_label else []),
+             *(["next_sentence_accuracy"] if shared.next_sentence else [])]
+    if best not in there:
+        raise UserError(f"--metric_for_best_model {best}: dev rows of --task {shared.task} are scored by {', '.join(there)}: name one")
+    if best in WRITTEN and not shared.eval_generate_rows:
+        raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
+    greater = best not in LOWER_IS_BETTER
+    if any(word.split("=")[0] == "--greater_is_better" for word in argv) and training.greater_is_better != greater:
+        raise UserError(f"--metric_for_best_model {best} would keep the worst checkpoint with "
+                        f"--greater_is_better {not greater}: leave that out")
+    training.greater_is_better = greater
+
+
 def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     check_task(shared, argv)
     for name in ("save", "eval"):
         strategy = getattr(training, f"{name}_strategy")
         if strategy == "epoch" and any(word.split("=")[0] == f"--{name}_steps" for word in argv):
             raise UserError(f"--{name}_steps counts only with --{name}_strategy steps, and that is {strategy.value}: add it")
-    best = (training.metric_for_best_model or "").removeprefix("eval_")
-    if best in WRITTEN and not shared.eval_generate_rows:
-        raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
-    if best in WRITTEN and not training.greater_is_better:
-        raise UserError(f"--metric_for_best_model {best} would keep the worst checkpoint, as more is better: add --greater_is_better True")
+    _check_best(shared, training, argv)
     if training.fp16 and training.device.type == "cpu":
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
     if shared.tokens_per_step and training.gradient_accumulation_steps > 1:
@@ -411,7 +430,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
         raise UserError("--start_from takes the model of the run: leave --model out")
     if shared.start_from and shared.from_scratch:
         raise UserError("--start_from goes on from what a run has learned: leave --from_scratch out")
-    for name in ("vocab_size", "config"):
+    for name in ("vocab_size", "config_overrides"):
         if getattr(shared, name) is not None and not shared.from_scratch:
             raise UserError(f"--{name} changes a model that is trained from the beginning: add --from_scratch, or leave it out")
     if shared.repeats and not Path(shared.repeats).is_file():

@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,11 @@ import pyarrow as pa
 from recipes.common.errors import UserError
 
 CHUNK = 1000  # rows in memory at a time
+FORGET = 100  # so many chunks are read between two calls of `forget`
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")  # which have a say in what a row becomes
+
+
+_mapped = weakref.WeakSet()  # the files of the tables that are in use
 
 
 class Stored(Sequence):
@@ -85,7 +90,15 @@ def spill(batches: Iterable[pa.RecordBatch]) -> pa.Table | None:
         return None
     writer.close()
     file.flush()
-    return pa.ipc.open_stream(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _mapped.add(mapped)
+    return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+
+
+def forget() -> None:
+    """Give back the memory of what was read of the spilled tables; it is read again from disk when it is needed."""
+    for mapped in list(_mapped):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @functools.cache
@@ -154,7 +167,10 @@ def keep(folder: Path, features: dict[str, datasets.Dataset], record: dict) -> N
             for split, dataset in features.items():
                 path = whole / f"{split}.arrow"
                 with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, dataset.data.table.schema) as writer:
-                    writer.write_table(dataset.data.table)
+                    for number, batch in enumerate(dataset.data.table.to_batches()):
+                        writer.write_batch(batch)
+                        if number % FORGET == 0:
+                            forget()
                 with path.open("rb") as file:
                     sha256[split] = hashlib.file_digest(file, "sha256").hexdigest()
             (whole / "entry.json").write_text(json.dumps({"sha256": sha256, "record": record}), encoding="utf-8")

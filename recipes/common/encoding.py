@@ -65,7 +65,7 @@ def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str
     def batches() -> Iterator[pa.RecordBatch]:
         chunks = ((start, rows[start: start + disk.CHUNK]) for start in starts)
         with tqdm(desc=f"Tokenizing {Path(name).name}", total=len(rows), unit="rows", leave=False) as bar:
-            for chunk in _each(chunks, one, processes):
+            for chunks_done, chunk in enumerate(_each(chunks, one, processes), start=1):
                 for number, error in chunk.refused.items():
                     if on_bad_row == "stop":
                         raise UserError(f"{name}, {unit} {number}: {error.wrong} ({error.remedy})")
@@ -73,6 +73,8 @@ def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str
                 counts.update(chunk.counts)
                 left_out.extend(chunk.left_out)
                 bar.update(chunk.size)
+                if chunks_done % disk.FORGET == 0:
+                    disk.forget()
                 if chunk.features is not None:
                     yield chunk.features
 

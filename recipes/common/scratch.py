@@ -34,7 +34,7 @@ def start(shared, training, source: models.Source, tokenizer, auto_class, rows: 
 
 def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) -> None:
     config = models.config(source)
-    changes = overrides(shared.config, config)
+    changes = overrides(shared.config_overrides, config)
     if shared.vocab_size:
         tokenizer = train_tokenizer(tokenizer, (row["text"] for row in rows()), shared.vocab_size)
     fields = config.to_dict() | changes | {"vocab_size": len(tokenizer)}
@@ -49,12 +49,12 @@ def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) 
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]]))
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"--config {shared.config} gives no model that works ({' '.join(str(error).split())[:200]}): sizes must divide as "
-                        f"those of {source.used} do") from error
+        raise UserError(f"--config_overrides {shared.config_overrides} gives no model that works ({' '.join(str(error).split())[:200]}): "
+                        f"sizes must divide as those of {source.used} do") from error
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if shared.max_length and window and shared.max_length > window:
         raise UserError(f"--max_length {shared.max_length} exceeds the {window} tokens that this model can read: lower it, or raise "
-                        "max_position_embeddings in --config")
+                        "max_position_embeddings in --config_overrides")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         made = Path(work) / models.START
@@ -79,17 +79,18 @@ def train_tokenizer(tokenizer, texts: Iterable[str], size: int):
 
 
 def overrides(text: str | None, config) -> dict:
-    """`--config name=value,...` as changes to a model's `config`; names and types are checked against it. Raises `UserError`."""
+    """`--config_overrides name=value,...` as changes to a model's `config`; names and types are checked against it. Raises `UserError`."""
     known, changes = config.to_dict(), {}
     for entry in (text or "").split(",") if text else []:
         name, equals, value = (word.strip() for word in entry.partition("="))
         name = config.attribute_map.get(name, name)
         if not equals or not value:
-            raise UserError(f"--config {entry}: write NAME=VALUE, with a comma between two, as in num_hidden_layers=4,hidden_size=256")
+            raise UserError(f"--config_overrides {entry}: write NAME=VALUE, with a comma between two, as in "
+                            "num_hidden_layers=4,hidden_size=256")
         if name not in known or name == "vocab_size":
             near = difflib.get_close_matches(name, known, n=1)
             hint = "--vocab_size sets it" if name == "vocab_size" else f"did you mean {near[0]}?" if near else "its config.json lists them"
-            raise UserError(f"--config {entry}: {config.model_type} has no {name} to set: {hint}")
+            raise UserError(f"--config_overrides {entry}: {config.model_type} has no {name} to set: {hint}")
         changes[name] = _value(entry, value, known[name])
     return changes
 
@@ -102,13 +103,13 @@ def _value(entry: str, text: str, current):
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if current is not None and type(value) is not type(current):
-        raise UserError(f"--config {entry}: {text} is no {type(current).__name__}, as {current} is")
+        raise UserError(f"--config_overrides {entry}: {text} is no {type(current).__name__}, as {current} is")
     return value
 
 
 def _asked(shared, seed: int) -> dict:
     """The flags that make a start what it is."""
-    return {"model": shared.model, "config": shared.config, "vocab_size": shared.vocab_size, "seed": seed}
+    return {"model": shared.model, "config_overrides": shared.config_overrides, "vocab_size": shared.vocab_size, "seed": seed}
 
 
 def _check_same(shared, seed: int, folder: Path) -> None:
