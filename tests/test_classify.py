@@ -421,6 +421,17 @@ def test_test_rows_out_of_scope_or_too_long_are_scored_and_told(tiny, folder, tm
     assert row["count"] == 2
 
 
+@pytest.mark.parametrize("task", ["classify", "pretrain"])
+def test_dialogues_of_customers_alone_are_trained_on(task, tiny, tmp_path, write_jsonl, capsys):
+    rows = [{"messages": [{"role": "user", "content": "Hi", "intent": "greet"}, {"role": "user", "content": row["text"],
+                                                                                 "intent": row["label"]}]} for row in ROWS * 2]
+    more = ["--label", "intent", "--context_turns", "1"] if task == "classify" else []
+    run_recipe("full", tiny("bert"), write_jsonl(rows), tmp_path / "run", "--task", task, "--max_steps", "1", "--dev_fraction", "0.2",
+               "--load_best_model_at_end", "False", *more)
+    assert "train: 20 of 20 rows" in capsys.readouterr().out or task == "pretrain"
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
 def test_a_run_that_labels_does_not_chat(tiny, folder, tmp_path):
     run_recipe("full", tiny("bert"), folder, tmp_path / "run", "--task", "classify", "--oos_label", "oos", "--max_steps", "1",
                "--load_best_model_at_end", "False")

@@ -173,7 +173,7 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
         feature["labels"] = IGNORE if outside else index[own[0]]
     if weights:
         feature["weights"] = weights[own[0]]
-    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # as with GPT-2 and OPT, which know all bytes
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # GPT-2 and OPT name their end, but know all bytes
         counts["unknown"] = feature["input_ids"].count(tokenizer.unk_token_id)
     return feature, {**counts, "tokens": len(feature["input_ids"])}
 
