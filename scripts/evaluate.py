@@ -16,6 +16,7 @@ divides the rows among processes, each on a GPU of its own or all on the CPU.
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -30,6 +31,8 @@ from recipes.common.errors import UserError
 
 # Flags that say what a model is asked.
 READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
+# Columns of the tasks' predictions: in a line, a model's answer stands under its name beside them.
+COLUMNS = {"id", "row", "turn", "language", "text", "label", "right", "source", "reference", "references", "tokens", "tags"}
 
 
 def main():
@@ -45,13 +48,13 @@ def main():
     if options.num_beams > 1 and record["task"] != "translate":
         raise UserError(f"--num_beams {options.num_beams} is for --task translate; {run} does --task {record['task']}: leave it out")
     kind = tasks.module(record["task"])
-    source, rows, label = held_out_rows(options, record, kind)
+    source, rows, label = told_here("rows", held_out_rows, options, record, kind)
     used = record["model"]["used"]
     dtype = models.dtype(options.dtype)
     tokenizer = models.load_run_tokenizer(run)
     task = tasks.of_run(record, tokenizer)
     # Functions, so that one model at a time is in memory.
-    names = member_names([run, *others]) if others else [record["recipe"]]
+    names = member_names([run, *others]) if others else [beside_columns(record["recipe"])]
     candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True)
                   for name, folder in zip(names, (run, *others), strict=True)}
     if others:
@@ -65,7 +68,7 @@ def main():
     latency = {}
     if options.latency:
         candidates = {name: partial(timed, name, load, task, rows, record, options, latency) for name, load in candidates.items()}
-    scores = kind.evaluate(candidates, task, rows, record, options)
+    scores = told_here(source, kind.evaluate, candidates, task, rows, record, options)
     if processes.rank():
         return
     scores["source"] = source
@@ -98,6 +101,16 @@ def main():
           f"next:\n{talk}"
           f"  {runs.python()} -m tensorboard.main --logdir {run}\n"
           f"  {runs.python()} scripts/train.py   (lists the other recipes)")
+
+
+def told_here(source: str, function, *args):
+    """What `function` returns; its complaints about a row name the `source` of the rows, and a remedy that this script knows."""
+    try:
+        return function(*args)
+    except UserError as error:
+        text = re.sub(r"^rows(?=[,:] )", lambda _: source, str(error))
+        text = re.sub(r" \((--oos_label .* takes it as out of scope, )?--on_bad_row skip [^()]*\)$", "; mend this row or take it out", text)
+        raise UserError(text) from error
 
 
 def timed(name: str, load, task, rows: list[dict], record: dict, options, latency: dict):
@@ -134,9 +147,14 @@ def join(loaders):
     return Ensemble([load() for load in loaders])
 
 
+def beside_columns(name: str) -> str:
+    """`name`, or one that overwrites no column of the predictions, as "label-run"."""
+    return f"{name}-run" if name in COLUMNS else name
+
+
 def member_names(folders: list[Path]) -> list[str]:
     """A name for each run: that of its folder, or the whole path where two would be called the same."""
-    names = [folder.resolve().name for folder in folders]
+    names = [beside_columns(folder.resolve().name) for folder in folders]
     return names if len({*names, "ensemble"}) > len(names) else [str(folder.resolve()) for folder in folders]
 
 

@@ -107,9 +107,14 @@ def test_lineage_grows_and_a_new_method_may_build_on_a_whole_model(parent, data,
 
 
 @pytest.mark.parametrize(("recipe", "flags", "wrong"), [
-    ("adapter", (), "use the same recipe"), ("full", (), "go on with the recipe that made it"),
-    ("lora", ("--rank", "4"), "its r is 8, this one's 4"), ("lora", ("--alpha", "3"), "its lora_alpha is 16, this one's 3"),
-    ("lora", ("--model", "smollm2"), "leave --model out"), ("lora", ("--task", "classify", "--label", "intent"), "no turn has the key")])
+    ("adapter", (), "lora was made by the recipe lora: go on with that one$"),
+    ("full", (), "lora was made by the recipe lora: go on with that one$"),
+    ("lora", ("--rank", "4"), "lora was trained with --rank 8, not 4: go on in the same way$"),
+    ("lora", ("--rank", "4", "--alpha", "3"), "was trained with --alpha 16, not 3, and with --rank 8, not 4: go on in the same way$"),
+    ("lora", ("--use_dora",), "was trained with --use_dora False, not True"),
+    ("lora", ("--target_modules", "q_proj"), "was trained with --target_modules all-linear, not q_proj:"),
+    ("lora", ("--model", "smollm2"), "leave --model out"),
+    ("lora", ("--task", "classify", "--label", "intent"), "was trained with --task chat, not classify: give --task chat$")])
 def test_what_does_not_go_on_is_refused(recipe, flags, wrong, parent, data, tmp_path):
     folder, _ = parent("lora")
     with pytest.raises(UserError, match=wrong):
@@ -134,6 +139,75 @@ def test_labels_are_those_of_the_run_that_is_continued(tiny, tmp_path, write_jso
     several = write_jsonl([row | {"label": [row["label"]]} for row in ROWS], "several.jsonl")
     with pytest.raises(UserError, match="first was trained without --multi_label"):
         go_on("full", tmp_path / "first", several, tmp_path / "three", "--task", "classify", "--multi_label", *SHORT)
+
+
+def test_the_task_is_that_of_the_run(tiny, data, tmp_path, write_jsonl, monkeypatch):
+    """Said before the model is looked at, which would be told as one that can't chat."""
+    file = write_jsonl(ROWS)
+    for recipe, other in (("lora", "$"), ("full", ", or --model in place of --start_from")):
+        run = tmp_path / recipe
+        run_recipe(recipe, tiny("bert"), file, run, "--task", "classify", *SHORT)
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "source_of_run", None)
+            with pytest.raises(UserError, match=f"{recipe} was trained with --task classify, not chat: give --task classify{other}"):
+                go_on(recipe, run, data["first"], tmp_path / "next", *SHORT)
+
+
+def test_other_methods_settings_are_told_by_their_flags(tiny, parent, data, tmp_path):
+    steps = ("--max_steps", "4", *SHORT[2:])
+    run_recipe("adalora", tiny("llama"), data["first"], tmp_path / "ranks", *steps)
+    for recipe, run, words, wrong in (
+            ("adalora", tmp_path / "ranks", ("--every", "1"), "--every 10, not 1"),
+            ("adalora", tmp_path / "ranks", ("--beta", "0.5"), "--beta 0.85, not 0.5"),
+            ("prefix", parent("prefix-projection")[0], ("--prefix_projection", "--max_length", "160"), "_hidden_size 24, not 512"),
+            ("lora", parent("adapter")[0], (), "was made by the recipe adapter")):
+        with pytest.raises(UserError, match=wrong):
+            go_on(recipe, run, data["second"], tmp_path / "next", *words, *steps)
+
+
+def test_a_run_without_its_parameters_does_not_go_on(parent, data, tmp_path):
+    run = shutil.copytree(parent("lora")[0], tmp_path / "run")
+    for name in ("trained_parameters.safetensors", "adapter_config.json"):
+        (run / name).unlink()
+        with pytest.raises(UserError, match=f"run lacks {name}, without which"):
+            go_on("lora", run, data["second"], tmp_path / "next", *SHORT)
+
+
+def test_an_adapter_s_head_sees_what_it_learned_from(tiny, tmp_path, write_jsonl):
+    file, run = write_jsonl(ROWS), tmp_path / "run"
+    run_recipe("lora", tiny("bert"), file, run, "--task", "classify", "--pooling", "mean", *SHORT)
+    with pytest.raises(UserError, match="run was trained with --pooling mean, not cls: go on in the same way$"):
+        go_on("lora", run, file, tmp_path / "next", "--task", "classify", *SHORT)
+    go_on("lora", run, file, tmp_path / "next", "--task", "classify", "--pooling", "mean", *SHORT)
+
+
+def test_the_head_of_the_run_is_not_told_as_a_new_one(tiny, tmp_path, write_jsonl, capsys):
+    file, flags = write_jsonl(ROWS), ("--task", "classify", *SHORT)
+    false = ("drawn at random", "the new head starts")
+    first = run_recipe("adapter", tiny("bert"), file, tmp_path / "run", *flags)
+    told = capsys.readouterr().out
+    assert all(sentence in told for sentence in false)
+    second = go_on("adapter", tmp_path / "run", file, tmp_path / "next", *flags, "--learning_rate", "0")
+    assert not any(sentence in capsys.readouterr().out for sentence in false)
+    assert same(trained(first.model), trained(second.model))
+    models.load_run(tmp_path / "next", auto_class=second.task.auto_class, config=second.task.config)
+    assert "drawn at random" not in capsys.readouterr().out
+
+
+def test_rows_that_are_read_otherwise_than_before_are_noted(tiny, tmp_path, capsys):
+    flags = ("--task", "classify", "--label", "intent", *SHORT)
+    rows = [{"messages": [{"role": "user", "content": text, "intent": intent}, {"role": "assistant", "content": "Yes"}]}
+            for text, intent in (("Hi", "a"), ("No", "b")) * 4]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run_recipe("lora", tiny("bert"), file, tmp_path / "run", *flags, "--context_turns", "2")
+    capsys.readouterr()
+    other = ("--context_turns", "1", "--oos_label", "none")
+    sentence = f"rows are read otherwise than in {tmp_path / 'run'}: --context_turns 1 (there: 2), --oos_label 'none' (there: not given)"
+    go_on("lora", tmp_path / "run", file, tmp_path / "next", *flags, *other)
+    assert f"note: {sentence}\n" in capsys.readouterr().out and sentence in read(tmp_path / "next")["data"]["notes"]
+    go_on("lora", tmp_path / "run", file, tmp_path / "same", *flags, "--context_turns", "2")
+    assert "read otherwise" not in capsys.readouterr().out
 
 
 # Replay

@@ -1,11 +1,15 @@
 """Several runs that answer together: the mean of their probabilities, token by token, and what can't be averaged."""
 
+import ast
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_classify import ROWS
 from test_cli import call
 from test_continual import SHORT, data, parent, read  # noqa: F401  data and parent are fixtures
@@ -135,6 +139,30 @@ def test_labels_by_the_mean_of_probabilities(tiny, tmp_path, write_jsonl):
     (folders[1] / "run.json").write_text(json.dumps(changed), encoding="utf-8")
     result = call("scripts/evaluate.py", "--run", folders[0], "--run", folders[1])
     assert result.code == 1 and "different --context_turns" in result.err
+
+
+def test_a_run_named_like_a_column_leaves_the_right_answers(tiny, tmp_path, write_jsonl):
+    """Its answers would stand in their place, and count as right in every interval."""
+    file, folders = write_jsonl(ROWS * 3), [tmp_path / "one", tmp_path / "label"]
+    run_recipe("full", tiny("bert"), file, folders[0], "--task", "classify", *SHORT)
+    shutil.copytree(folders[0], folders[1])
+    result = call("scripts/evaluate.py", "--run", folders[0], "--run", folders[1], "--data", file, "--dtype", "float32")
+    assert result.code == 0, result.err
+    [(label, scores)] = read(folders[0])["evaluation"].items()
+    lines = [json.loads(line) for line in (folders[0] / f"predictions-{label}.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["label"] for line in lines] == [row["label"] for row in ROWS * 3] != [line["label-run"] for line in lines]
+    assert scores["intervals"]["one"] == scores["intervals"]["label-run"] and scores["intervals"]["one"]["accuracy"]["value"] < 100
+
+
+def test_no_name_of_a_model_is_that_of_a_column():
+    script = runpy.run_path(str(ROOT / "scripts/evaluate.py"))
+    columns, names = script["COLUMNS"], script["member_names"]
+    assert names([Path("/a/tags"), Path("/a/one")]) == ["tags-run", "one"]
+    assert names([Path("/a/tags"), Path("/a/tags-run")]) == ["/a/tags", "/a/tags-run"]
+    written = {key.value for path in (ROOT / "recipes/common/tasks").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
+               if isinstance(node, ast.Dict) for key in node.keys if isinstance(key, ast.Constant)
+               and any(isinstance(other, ast.Constant) and other.value == "row" for other in node.keys)}
+    assert {"id", "label", "tags", "references"} < written <= columns
 
 
 def test_runs_that_can_not_answer_together(parent, data, tiny, tmp_path, write_jsonl):  # noqa: F811

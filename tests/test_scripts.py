@@ -12,7 +12,9 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import DIALOGUES, ROOT
+from test_classify import ROWS
 from test_cli import RECIPES, call, refused, shell
+from test_methods import run_recipe
 
 from recipes.common import data, models, runs
 
@@ -265,8 +267,17 @@ def test_evaluate_on_another_file(run, write_jsonl):
 def test_a_bad_row_in_other_data_is_told(run, write_jsonl):
     before = (run / "run.json").read_bytes()
     file = write_jsonl([DIALOGUES[1], '{"messages": '], "other.jsonl")
-    refused(call("scripts/evaluate.py", "--run", run, "--data", file), f"{file}, row 2: broken JSON")
+    result = call("scripts/evaluate.py", "--run", run, "--data", file)
+    refused(result, f"{file}, row 2: broken JSON", "mend this row or take it out")
+    assert "--on_bad_row" not in result.err  # a flag of the training
     assert (run / "run.json").read_bytes() == before and not list(run.glob("predictions*"))
+
+
+def test_a_label_that_the_run_does_not_know_is_told_with_its_file(tiny, tmp_path, write_jsonl):
+    run_recipe("full", tiny("bert"), write_jsonl(ROWS), tmp_path / "run", "--task", "classify", "--max_steps", "1")
+    file = write_jsonl([ROWS[0], ROWS[1] | {"label": "a (new) one"}], "other.jsonl")
+    result = call("scripts/evaluate.py", "--run", tmp_path / "run", "--data", file)
+    refused(result, f"error: {file}, row 2: label 'a (new) one' does not occur in the train rows; mend this row or take it out")
 
 
 def test_a_diverged_run_can_still_be_evaluated(run):

@@ -164,10 +164,11 @@ def pooling(source: Source) -> str:
     return "mean" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens") else "cls"
 
 
-def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, classifier_pooling: str | None = None, **config):
+def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, classifier_pooling: str | None = None,
+         completed: bool = False, **config):
     """The model, with `config` set in its config (labels, padding). Raises `UserError` if `auto_class` knows no such model.
 
-    `classifier_pooling` is that of `pooling`, for a classifier on an encoder.
+    `classifier_pooling` is that of `pooling`, for a classifier on an encoder. `completed`: what the checkpoint lacks comes from an adapter.
     """
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
@@ -186,7 +187,8 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
         model.config.classifier_pooling = pooling  # ModernBERT does it by itself
     elif pooling == "mean":
         raise UserError(f"--pooling mean: {source.used} has no pooler to replace; leave it out")
-    for names, what in (found["missing_keys"], "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
+    lacking = [] if completed else found["missing_keys"]
+    for names, what in (lacking, "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
         if names:
             print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
     # A head that is the table of tokens turned round (BERT's, for masked words) was not drawn, though parts beside it were.
@@ -305,7 +307,7 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
             if not (run / "adapter_model.safetensors").is_file():
                 raise ValueError(f"adapter_model.safetensors is missing; {PICKLED}")
-            base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, **config or {})
+            base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, completed=True, **config or {})
             if record.get("method_arguments", {}).get("load_in_4bit"):
                 print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
             with warnings.catch_warnings():

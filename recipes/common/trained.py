@@ -1,6 +1,8 @@
 """The parameters that a PEFT method trains, as they are: PEFT's own files may hold only what they amount to, as of a prefix that comes from
 a network, which is right for use, and useless to train on."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,17 +43,28 @@ def load(folder: Path, model: PeftModel) -> None:
         tensor.copy_(state[name])
 
 
-def go_on_from(run: Path, model) -> None:
-    """Set `model` to what the run learned: a whole model was loaded as such; an adapter's method and settings must be the same."""
+def go_on_from(run: Path, model, method=None) -> None:
+    """Set `model` to what the run learned: a whole model was loaded as such; an adapter's method and settings must be the same.
+
+    `method` (args.Method) gives a setting the name of its flag. Raises `UserError`.
+    """
     if (run / "config.json").is_file():
         return
-    if not isinstance(model, PeftModel) or not (run / FILE).is_file():
-        raise UserError(f"--start_from {run} is an adapter: go on with the recipe that made it")
-    own, theirs = model.peft_config[model.active_adapter], PeftConfig.from_pretrained(run)
+    if gone := [name for name in ("adapter_config.json", FILE) if not (run / name).is_file()]:
+        raise UserError(f"--start_from {run} lacks {gone[0]}, without which a training can't go on: train it again under a new name")
+    record, kind = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("run.json", "adapter_config.json"))
+    own = model.active_peft_config if isinstance(model, PeftModel) else None
+    if own is None or own.peft_type != kind["peft_type"]:
+        raise UserError(f"--start_from {run} was made by the recipe {record['recipe']}: go on with that one")
+    theirs, now, before, wrong = PeftConfig.from_pretrained(run), asdict(method) if method else {}, record.get("method_arguments", {}), []
     for name in sorted(own.__dict__.keys() - MAY_DIFFER):
         mine, other = ((set(value) if isinstance(value, list) else value) for value in (getattr(own, name), getattr(theirs, name, None)))
         if mine != other:
-            raise UserError(f"--start_from {run}: its {name} is {other}, this one's {mine}: use the same recipe and flags")
+            values = [f for f in now if (now[f], before.get(f)) == (mine, other)]  # PEFT's name may be another than the flag's
+            flag = name if name in now else values[0] if values else None
+            wrong.append(f"--{flag} {before.get(flag)}, not {now[flag]}" if flag else f"{name} {other}, not {mine}")
+    if wrong:
+        raise UserError(f"--start_from {run} was trained with {', and with '.join(dict.fromkeys(wrong))}: go on in the same way")
     load(run, model)
 
 

@@ -48,7 +48,7 @@ class RecipeTrainer(Trainer):
         if shared.max_minutes is not None:
             callbacks.append(StopAfter(60 * shared.max_minutes))
         self.task, self.shared, self.forgetting = task, shared, {}
-        prepare(model, args, shared)
+        prepare(model, args, shared, method)
         if shared.r_drop and not _has_dropout(model):
             raise UserError("--r_drop compares passes with different dropout, and there is none here: give the model some with "
                             "--model_dropout 0.1")
@@ -367,13 +367,13 @@ class StopAfter(TrainerCallback):
                 print(f"--max_minutes {self.seconds / 60:g}: stopped after {state.global_step} of {state.max_steps} steps")
 
 
-def prepare(model, training, shared) -> None:
+def prepare(model, training, shared, method=None) -> None:
     """What an adapted `model` needs before it is trained: frozen weights as they are computed with, what --start_from
     learned, and the attention kernel."""
     if training.bf16:
         _hold_frozen_in_bf16(model)
     if shared.start_from:
-        trained.go_on_from(Path(shared.start_from), model)
+        trained.go_on_from(Path(shared.start_from), model, method)
     if shared.attention != "auto":
         _set_attention(losses.network(model), shared.attention)
 

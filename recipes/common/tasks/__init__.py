@@ -40,6 +40,8 @@ NOT_OF_ROWS = {"model", "fallback_model", "start_from", "from_scratch", "vocab_s
                "tokens_per_step", "micro_batch_tokens", "attention", "max_tokens", "max_minutes", "eval_generate_rows",
                "eval_generate_tokens", "eval_generate_seconds", "on_nan", "data_timeout", "allow_changed", "repeats"}
 
+READ_ALIKE = ("context_turns", "oos_label", "instruction", "source_prefix")  # what a run that goes on had better read as before
+
 
 @dataclass
 class Task:
@@ -65,6 +67,7 @@ class Task:
     start_head: Callable | None = None  # (model, task) sets a new head to what the train rows tell
     head: str | None = None  # the new head's name where PEFT does not know it
     drawn_at_random: list[str] = field(default_factory=list)  # modules that the checkpoint of load_model lacked
+    head_given: bool = False  # whether the adapter that this run goes on from brings what the checkpoint lacks
     window: int | None = None  # tokens the model can read, if it says so
     train: Dataset = None
     steps: int = None  # an epoch's optimizer steps, where --tokens_per_step decides them
@@ -77,11 +80,11 @@ class Task:
     def load_model(self, in_4bit: bool = False):
         """The model that training starts from, once `train` is there; `in_4bit`: its frozen matrices in 4 bits."""
         quantized = {"quantization_config": models.quantization(self.peft_type)} if in_4bit else {}
-        model = models.load(self.source, self.auto_class, **self.config | self.dropout | quantized)
+        model = models.load(self.source, self.auto_class, completed=self.head_given, **self.config | self.dropout | quantized)
         if self.generation:
             model.generation_config = self.generation
         self.drawn_at_random = model.drawn_at_random
-        if self.start_head and self.train is not None and self.drawn_at_random:
+        if self.start_head and self.train is not None and self.drawn_at_random and not self.head_given:
             self.start_head(model, self)
         return model
 
@@ -132,14 +135,18 @@ def _load(shared, method, training) -> Task:
     if shared.start_from:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
+        _check_same_task(run, record, shared)
         source = models.source_of_run(run, record)
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
+    if run:
+        _check_same_pooling(run, record, shared, source)
     tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
     if shared.streaming:
         task = _stream(kind, shared, training, source, tokenizer)
-        task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+        if run:
+            _descend(task, run, record, shared)
         return task
     old = _old_source(shared)
     files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
@@ -164,7 +171,8 @@ def _load(shared, method, training) -> Task:
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
     task.report["doctor"]["details"] = doctor_command(shared, training.seed)
     task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
-    task.lineage = [*record.get("lineage", []), _ancestor(run, record)] if run else []
+    if run:
+        _descend(task, run, record, shared)
     if shared.max_tokens:
         training.num_train_epochs = shared.max_tokens / task.report["splits"]["train"]["tokens"]
     if shared.tokens_per_step:
@@ -319,10 +327,25 @@ def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, see
     return {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
 
 
+def _check_same_task(run: Path, record: dict, shared) -> None:
+    """Raise `UserError` if the run that is to be continued learned another task."""
+    own = record["task"]
+    if own != shared.task:
+        other = ", or --model in place of --start_from to teach it another task" if (run / "config.json").is_file() else ""
+        raise UserError(f"--start_from {run} was trained with --task {own}, not {shared.task}: give --task {own}{other}")
+
+
+def _check_same_pooling(run: Path, record: dict, shared, source: models.Source) -> None:
+    """Raise `UserError` if the head of an adapter would see another vector than it learned from; a whole model's config says which."""
+    if shared.task != "classify" or (run / "config.json").is_file() or models.kind(source) != "encoder":
+        return
+    before, now = (models.pooling(source) if own == "auto" else own for own in (flags(record).pooling, shared.pooling))
+    if before != now:
+        raise UserError(f"--start_from {run} was trained with --pooling {before}, not {now}: go on in the same way")
+
+
 def _facts_of_run(record: dict, shared, facts: dict) -> dict:
     """The labels of the run that is continued, which its head knows, with the counts of the new rows. Raises `UserError` for new ones."""
-    if record["task"] != shared.task:
-        raise UserError(f"--start_from {shared.start_from} was trained for --task {record['task']}, not {shared.task}")
     if "labels" not in facts:
         return facts
     if flags(record).multi_label != shared.multi_label:
@@ -333,6 +356,21 @@ def _facts_of_run(record: dict, shared, facts: dict) -> dict:
         raise UserError(f"--start_from {shared.start_from}: its labels do not include {new[0]!r} of the new rows; a run goes on with the "
                         "labels it has, so train a new one on all rows")
     return facts | {"labels": {label: facts["labels"].get(label, 0) for label in known}}
+
+
+def _descend(task: Task, run: Path, record: dict, shared) -> None:
+    """Make `task` that of a run which goes on from `run`, and note what it reads otherwise."""
+    task.lineage = [*record.get("lineage", []), _ancestor(run, record)]
+    task.head_given = not (run / "config.json").is_file()
+    before = flags(record)
+    changed = [f"--{name} {_shown(getattr(shared, name))} (there: {_shown(getattr(before, name))})" for name in READ_ALIKE
+               if getattr(shared, name) != getattr(before, name)]
+    if changed:
+        task.report["notes"] = [*task.report.get("notes", []), f"rows are read otherwise than in {run}: {', '.join(changed)}"]
+
+
+def _shown(value) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def _ancestor(run: Path, record: dict) -> dict:
