@@ -20,7 +20,7 @@ from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.head_start import SCALES
 from recipes.common.scoring import dataset_outputs
-from recipes.common.tasks import classify
+from recipes.common.tasks import classify, pretrain
 
 ROWS = [{"text": "Where is my order?", "label": "order_status"}, {"text": "我想退货。", "label": "return_item"},
         {"text": "Has it been sent?", "label": "order_status"}, {"text": "The lamp arrived broken", "label": "damaged_goods"},
@@ -73,6 +73,26 @@ def test_a_row_that_breaks_the_contract(row, options, wrong):
     assert wrong in classify.check(flags(**options))(row)
 
 
+@pytest.mark.parametrize(("value", "multi_label", "wrong"), [
+    ("", False, "visible text"), (True, False, "a string or a whole number"), (3.5, False, "a string or a whole number"),
+    ({"x": 1}, False, "a string or a whole number"), (["a"], False, "a string or a whole number"), ("greet", True, "as --multi_label says"),
+    ([""], True, "visible text"), (["a", "a"], True, "twice"), (None, False, 'no turn has the key "intent"'),
+])
+def test_the_label_of_a_turn_keeps_the_contract_of_rows(value, multi_label, wrong, write_jsonl):
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho", "intent": value}]}
+    good = {"messages": [{"role": "user", "content": "Hi", "intent": ["greet"] if multi_label else "greet"}]}
+    with pytest.raises(UserError, match="row 2: ") as caught:
+        data.read(write_jsonl([good, row]), classify.check(flags(label="intent", multi_label=multi_label)))
+    assert wrong in str(caught.value) and (value is None or "turn 2: " in str(caught.value))
+
+
+def test_customers_alone_make_rows_and_null_is_no_label():
+    shared = flags(label="intent")
+    row = {"messages": [{"role": "user", "content": "Hi", "intent": "greet"}, {"role": "user", "content": "Hm", "intent": None}]}
+    assert classify.check(shared)(row) is None and [own["text"] for own in classify.rows([row], shared)] == ["Hi"]
+    assert pretrain.check(shared)(row) is None and "no assistant turn" in data.check_dialogue(row)  # nothing for chat to learn
+
+
 @pytest.mark.parametrize("row", [{"text": "x", "label": "a"}, {"text": "x", "text_pair": "y", "label": 0},
                                  {"text": "x", "label": "a", "k": 1}])
 def test_a_row_that_keeps_it(row):
@@ -109,6 +129,34 @@ def test_pairs_are_read_as_the_tokenizer_joins_them_and_counted_when_cut(tiny):
     assert decoder.tokenizer.decode(ids) == "user: Hi\nWhere is my order?"
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+def test_a_context_that_is_too_long_loses_its_oldest_words_and_the_text_none(kind, tiny):
+    """The oldest word of the context says "first", the newest "Friday"; a text too long by itself loses its end and its context."""
+    asked, shared = "Where is my order?", flags(label="intent", context_turns=2)
+    dialogue = {"messages": [{"role": "user", "content": "first " + "Hello " * 30}, {"role": "assistant", "content": "on Friday"},
+                             {"role": "user", "content": asked, "intent": "a"}, {"role": "user", "content": "Yes", "intent": "b"}]}
+    long = {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "order " * 200, "intent": "a"}]}
+    rows = classify.rows([dialogue, long], shared)
+    task = task_for(tiny(kind), [dialogue, long], label="intent", context_turns=2, max_length=48)
+    features, counts = task.encode(rows, "x")
+    texts = [task.tokenizer.decode(ids, skip_special_tokens=True).lower().replace(" ", "") for ids in features["input_ids"]]
+    plain = asked.lower().replace(" ", "")
+    assert plain in texts[0] and "onfriday" in texts[0] and "first" not in texts[0]
+    assert texts[2].startswith("orderorder") and len(features["input_ids"][2]) == 48
+    assert max(map(len, features["input_ids"])) == 48 and len(features["input_ids"][0]) > 40
+    whole = "1 rows exceed --max_length 48 and lost their end"
+    assert counts["shortened"] == 2 and counts["sentences"][:2] == [
+        whole, "2 rows exceed --max_length 48 with their context, which lost its beginning, or all"]
+    fitting, counts = task_for(tiny(kind), [dialogue, long], label="intent", context_turns=2, max_length=250).encode(rows[:2], "x")
+    assert "first" in task.tokenizer.decode(fitting["input_ids"][0]) and counts["shortened"] == 0
+
+
+def test_of_two_texts_side_by_side_an_encoder_reads_the_beginning_of_both(tiny):
+    row = {"text": "order " * 40, "text_pair": "Hello " * 40, "label": "order_status"}
+    features, counts = task_for(tiny("bert"), max_length=21).encode([row], "x")
+    assert features["token_type_ids"][0].count(1) == 10 and "1 rows exceed --max_length 21 and lost their end" in counts["sentences"]
+
+
 def test_balanced_weights_make_all_labels_alike_in_sum(tiny):
     task = task_for(tiny("bert"), class_weights="balanced")
     features, _ = task.encode(ROWS, "x", training=True)
@@ -126,6 +174,45 @@ def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):
     train, counts = task.encode(rows, "x", training=True)
     assert len(train) == 6 and counts["left_out"] == [7] and "1 out-of-scope rows are not trained on" in counts["sentences"]
     assert task.encode(rows, "x")[0]["labels"][-1] == IGNORE
+
+
+def test_dev_rows_that_are_all_out_of_scope_measure_nothing(tiny):
+    task = task_for(tiny("bert"), oos_label="oos")
+    outside = [{"text": "Sing a song", "label": "oos"}]
+    with pytest.raises(UserError, match=r"^my/dev.jsonl: all rows are out of scope \(--oos_label oos\).*: add rows with labels"):
+        task.encode(outside, "my/dev.jsonl")
+    assert len(task.encode([*outside, ROWS[0]], "my/dev.jsonl")[0]) == 2
+    assert len(task.encode(outside, "rows", outside_alone=True)[0]) == 1
+
+
+def test_what_flags_and_columns_do_not_do_is_told(tiny):
+    def said(rows, training=True, **options):
+        return task_for(tiny("bert"), rows, **options).encode(rows, "x", training=training)[1]["sentences"]
+
+    assert said(ROWS) == []
+    for training in (True, False):
+        assert said(ROWS, training, oos_label="oops") == ["no row has the label 'oops', which --oos_label takes as out of scope"]
+        assert not any("no row has" in sentence for sentence in said([*ROWS, {"text": "x", "label": "oops"}], training, oos_label="oops"))
+    assert said(ROWS, context_turns=2) == ["6 of 6 rows are no turns of a dialogue: --context_turns changes nothing for them"]
+    assert said([{**ROWS[0], "text_pair": "Hi"}, *ROWS]) == ["1 of 7 rows have a text_pair, the others are read without"]
+    assert said([{**row, "text_pair": "Hi"} for row in ROWS]) == []
+    assert said([*ROWS, {"text": "Yes", "label": "Lost_card "}]) == [
+        "the labels 'Lost_card ' and 'lost_card' differ only in case or in blanks around them: they count as two"]
+    assert said([*ROWS, {"text": "x", "label": "OOS"}], oos_label="oos")[0].startswith("the labels 'OOS' and 'oos' differ only in case")
+    turns = [{"messages": [{"role": "user", "content": "Hi", "intent": "a"}, {"role": "user", "content": "Yes", "intent": "b"}]}]
+    shared = flags(label="intent", context_turns=2)  # the first turn has no context, as is to be expected
+    told = task_for(tiny("bert"), turns, label="intent", context_turns=2).encode(classify.rows(turns, shared), "x")[1]["sentences"]
+    assert not any("text_pair" in sentence or "--context_turns" in sentence for sentence in told)
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(tiny):
+    rows = [*ROWS, {"text": "我们的狗", "label": "lost_card"}]  # two of its characters
+    _, counts = task_for(tiny("bert"), rows).encode(rows, "x")
+    assert counts["sentences"] == [f"2 of {counts['tokens']} tokens are unknown to the tokenizer, and the same [UNK] to the model: it goes "
+                                   "by what stands around them"]
+    task = task_for(tiny("gpt2"), rows)
+    task.tokenizer.unk_token = task.tokenizer.eos_token  # as GPT-2's says of itself
+    assert task.encode([*rows, {"text": "Hi<|endoftext|>", "label": "lost_card"}], "x")[1]["sentences"] == []
 
 
 # Loss and scores
@@ -322,6 +409,29 @@ def test_it_learns_its_rows_and_evaluates_them(kind, tiny, folder, tmp_path):
     np.testing.assert_allclose(again, trained.numpy(), atol=1e-4)
 
 
+def test_test_rows_out_of_scope_or_too_long_are_scored_and_told(tiny, folder, tmp_path, write_jsonl):
+    shutil.copytree(folder, tmp_path / "data")
+    write_jsonl([{"text": "Sing a song " * 20, "label": "oos"}, {"text": "写首诗", "label": "oos"}], "data/test.jsonl")
+    run_recipe("full", tiny("bert"), tmp_path / "data", tmp_path / "run", "--task", "classify", "--oos_label", "oos", "--max_steps", "1",
+               "--load_best_model_at_end", "False", "--max_length", "32")
+    result = call("scripts/evaluate.py", "--run", tmp_path / "run", "--json", tmp_path / "scores.json", "--dtype", "float32")
+    assert result.code == 0, result.err
+    assert "note: 1 rows exceed --max_length 32 and lost their end" in result.out
+    [row] = [row for row in json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["table"] if row["language"] == "all"]
+    assert row["count"] == 2
+
+
+@pytest.mark.parametrize("task", ["classify", "pretrain"])
+def test_dialogues_of_customers_alone_are_trained_on(task, tiny, tmp_path, write_jsonl, capsys):
+    rows = [{"messages": [{"role": "user", "content": "Hi", "intent": "greet"}, {"role": "user", "content": row["text"],
+                                                                                 "intent": row["label"]}]} for row in ROWS * 2]
+    more = ["--label", "intent", "--context_turns", "1"] if task == "classify" else []
+    run_recipe("full", tiny("bert"), write_jsonl(rows), tmp_path / "run", "--task", task, "--max_steps", "1", "--dev_fraction", "0.2",
+               "--load_best_model_at_end", "False", *more)
+    assert "train: 20 of 20 rows" in capsys.readouterr().out or task == "pretrain"
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
 def test_a_run_that_labels_does_not_chat(tiny, folder, tmp_path):
     run_recipe("full", tiny("bert"), folder, tmp_path / "run", "--task", "classify", "--oos_label", "oos", "--max_steps", "1",
                "--load_best_model_at_end", "False")
@@ -371,7 +481,8 @@ def test_an_encoder_decoder_reads_one_text_that_ends_once(tiny):
     assert task.tokenizer.decode(features[0]["input_ids"][:-1]) == "user: Hi\nWhere is it?"
     assert len(features[2]["input_ids"]) == 40
     assert counts["sentences"] == ["1 rows exceed --max_length 40 and lost their end",
-                                   "1 rows hold the token </s>, which ends a text: it is left out of theirs"]
+                                   "1 rows hold the token </s>, which ends a text: it is left out of theirs",
+                                   "1 of 3 rows have a text_pair, the others are read without"]
     model = task.load_model().eval()
     [part] = task.loss(model, task.collate(list(features)))
     for row, logits in zip(features, part.logits, strict=True):  # padding changes nothing

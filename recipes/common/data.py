@@ -23,7 +23,16 @@ import numpy as np
 from recipes.common import disk, formats, shapes
 from recipes.common.errors import UserError
 from recipes.common.formats import File, Record
-from recipes.common.shapes import check_classify, check_dialogue, check_pretrain, check_tag, check_translate, short  # noqa: F401
+from recipes.common.shapes import (  # noqa: F401
+    check_classify,
+    check_dialogue,
+    check_pretrain,
+    check_tag,
+    check_translate,
+    check_turns,
+    labelled_turns,
+    short,
+)
 
 # First match wins. "validation" and "val" are what other tools write.
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val"), "test": ("test",)}

@@ -120,6 +120,18 @@ def _pair(row: dict, question: str, answer: str) -> tuple[list, str | None]:
 
 def check_dialogue(row: dict) -> str | None:
     """What is wrong with a row of the chat task, in one sentence; None if nothing is."""
+    if wrong := check_turns(row):
+        return wrong
+    answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    if not answers:
+        return "no assistant turn, so there is nothing to learn; a dialogue needs at least one"
+    if not any(turn.get("train", True) for turn in answers):
+        return 'every assistant turn has "train": false, so there is nothing to learn'
+    return None
+
+
+def check_turns(row: dict) -> str | None:
+    """What is wrong with a dialogue of whoever speaks in it, in one sentence; None if nothing is."""
     if "messages" not in row:
         return (f'no column "messages" ({columns_of(row)}); a dialogue is {{"messages": [{{"role": "user", "content": "..."}}, ...]}}, '
                 "or name a question and an answer, as in --columns prompt=QUESTION,response=ANSWER")
@@ -141,24 +153,32 @@ def check_dialogue(row: dict) -> str | None:
             return f"turn {i}: a system turn may only come first"
         if not isinstance(turn.get("train", True), bool):
             return f'turn {i}: "train" must be true or false, not {short(turn["train"])}'
-    if not any(turn["role"] == "assistant" for turn in messages):
-        return "no assistant turn, so there is nothing to learn; a dialogue needs at least one"
-    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in messages):
-        return 'every assistant turn has "train": false, so there is nothing to learn'
     return None
 
 
 def check_classify(row: dict, label: str = "label", multi_label: bool = False) -> str | None:
     """What is wrong with a row of the classify task, in one sentence; None if nothing is. A dialogue needs a turn with the key `label`."""
     if "messages" in row:
-        wrong = check_dialogue(row)
-        if wrong is None and not any(label in turn for turn in row["messages"]):
-            wrong = f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
-        return wrong
+        if wrong := check_turns(row):
+            return wrong
+        labelled = labelled_turns(row, label)
+        if not labelled:
+            return f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
+        return next((f"turn {i + 1}: {wrong}" for i, turn in labelled if (wrong := _no_labels(turn, label, multi_label))), None)
     if wrong := _missing(row, "text", label) or _no_text(row, "text"):
         return wrong
     if row.get("text_pair") is not None and not isinstance(row["text_pair"], str):
         return f'"text_pair" must be a string, not {short(row["text_pair"])}'
+    return _no_labels(row, label, multi_label)
+
+
+def labelled_turns(row: dict, label: str) -> list[tuple[int, dict]]:
+    """(index, turn) of the turns of a dialogue that have a label; null is none, as data sets with fixed columns write it."""
+    return [(i, turn) for i, turn in enumerate(row["messages"]) if turn.get(label) is not None]
+
+
+def _no_labels(row: dict, label: str, multi_label: bool) -> str | None:
+    """What is wrong with the label of a row or turn, or with its labels."""
     values = row[label] if multi_label else [row[label]]
     if not isinstance(values, list):
         return f'"{label}" must be a list of labels, as --multi_label says, not {short(values)}'  # an empty one: none applies

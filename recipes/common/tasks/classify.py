@@ -4,6 +4,7 @@ Rows are {"text", "label"} with an optional "text_pair", or dialogues: then each
 read alone or with the `--context_turns` turns before it.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from functools import partial
 
@@ -44,15 +45,14 @@ def _texts(rows, shared):
             yield {**row, "label": row[shared.label]}
             number += 1
             continue
-        for i, turn in enumerate(row["messages"]):
-            if shared.label in turn:
-                before = row["messages"][max(0, i - shared.context_turns): i]
-                context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-                yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None,
-                        "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
-                       | {key: row[key] for key in ("language",) if key in row}
-                       | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
-                number += 1
+        for i, turn in data.labelled_turns(row, shared.label):
+            before = row["messages"][max(0, i - shared.context_turns): i]
+            context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
+            yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None, "of_dialogue": True,
+                    "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
+                   | {key: row[key] for key in ("language",) if key in row}
+                   | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
+            number += 1
 
 
 def facts(rows, shared) -> dict:
@@ -91,12 +91,14 @@ def make(shared, source, tokenizer, facts) -> Task:
 
 
 def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *, tokenizer, shared,
-           labels: dict[str, int], ended: bool = False) -> tuple[Dataset, dict]:
+           labels: dict[str, int], ended: bool = False, outside_alone: bool = False) -> tuple[Dataset, dict]:
     """Tokenize rows into columns input_ids, (token_type_ids,) labels and, for `training` with balanced classes, weights. `ended`: for a
-    model that reads one text and decides at the token that ends it.
+    model that reads one text and decides at the token that ends it. `outside_alone`: rows that are all out of scope will do, as no loss is
+    needed.
 
-    A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. A row of
-    more than `shared.max_length` tokens loses its end, a context its beginning. Raises `UserError`.
+    A label that the train rows don't have is a bad row. Out-of-scope rows get the label IGNORE, and are left out of training. Where a
+    row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
+    that is no context, loses its end. Raises `UserError`.
     """
     mean = sum(labels.values()) / len(labels)
     balanced = training and shared.class_weights == "balanced"
@@ -105,16 +107,48 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     features, counts, left_out, refused = encoding.encode(rows, name, one, "row", on_bad_row, shared.preprocessing_num_workers)
     if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
-    sentences = []
-    if counts["shortened"]:
-        sentences.append(f"{counts['shortened']} rows exceed --max_length {shared.max_length} and lost their end")
-    if counts["ends"]:
-        sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
-    if left_out:
-        sentences.append(f"{len(left_out)} out-of-scope rows are not trained on")
+    if not counts["supervised"] and not outside_alone:
+        raise UserError(f"{name}: all rows are out of scope (--oos_label {shared.oos_label}), so there is no loss to measure: add rows "
+                        "with labels of the train rows")
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
-        **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
+        **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
+        "sentences": [*(_alike([*labels, shared.oos_label or ""]) if training else ()),
+                      *_sentences(counts, len(features), len(left_out), tokenizer, shared)]}
+
+
+def _alike(labels: list[str]) -> list[str]:
+    """A sentence on each label that another one differs from only in case or in the blanks around it."""
+    seen, sentences = {}, []
+    for label in labels:
+        first = seen.setdefault(label.strip().casefold(), label)
+        if first != label:
+            sentences.append(f"the labels {first!r} and {label!r} differ only in case or in blanks around them: they count as two")
+    return sentences
+
+
+def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> list[str]:
+    """What became of the rows that were kept and of those out of scope that were left out, as far as it is not what one would expect."""
+    sentences = []
+    if counts["cut"]:
+        sentences.append(f"{counts['cut']} rows exceed --max_length {shared.max_length} and lost their end")
+    if counts["context"]:
+        sentences.append(f"{counts['context']} rows exceed --max_length {shared.max_length} with their context, which lost its beginning, "
+                         "or all")
+    if counts["ends"]:
+        sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
+    if counts["unknown"]:
+        sentences.append(f"{counts['unknown']:,} of {counts['tokens']:,} tokens are unknown to the tokenizer, and the same "
+                         f"{tokenizer.unk_token} to the model: it goes by what stands around them")
+    if counts["flat"] and shared.context_turns:
+        sentences.append(f"{counts['flat']} of {kept} rows are no turns of a dialogue: --context_turns changes nothing for them")
+    if 0 < counts["pairs"] < counts["flat"]:
+        sentences.append(f"{counts['pairs']} of {counts['flat']} rows have a text_pair, the others are read without")
+    if left_out:
+        sentences.append(f"{left_out} out-of-scope rows are not trained on")
+    elif shared.oos_label and counts["supervised"] == kept:
+        sentences.append(f"no row has the label {shared.oos_label!r}, which --oos_label takes as out of scope")
+    return sentences
 
 
 def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[str, float] | None,
@@ -126,8 +160,10 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
     outside = shared.oos_label in own
     if outside and training:
         return None, {}
-    feature, length = _tokens(row, tokenizer, shared.max_length, ended)
-    counts = {"shortened": length > shared.max_length, "supervised": not outside}
+    feature, cut, context = _tokens(row, tokenizer, shared.max_length, ended)
+    counts = {"shortened": cut or context, "cut": cut, "context": context, "supervised": not outside}
+    if not row.get("of_dialogue"):
+        counts |= {"flat": True, "pairs": bool(row.get("text_pair"))}
     if ended:
         counts["ends"] = feature["input_ids"].count(tokenizer.eos_token_id) > 1
         feature["input_ids"] = _end_once(feature["input_ids"], tokenizer.eos_token_id, shared.max_length)
@@ -137,18 +173,28 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
         feature["labels"] = IGNORE if outside else index[own[0]]
     if weights:
         feature["weights"] = weights[own[0]]
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # GPT-2 and OPT name their end, but know all bytes
+        counts["unknown"] = feature["input_ids"].count(tokenizer.unk_token_id)
     return feature, {**counts, "tokens": len(feature["input_ids"])}
 
 
-def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, int]:
-    """(features of a text and what goes with it, the number of tokens they would have in full)."""
+def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, bool, bool]:
+    """(features of a text and what goes with it, whether they lost their end, whether a context lost its beginning)."""
     text, pair = row["text"], row.get("text_pair")
     one = ended or tokenizer.sep_token is None  # a model that decides where the text ends reads one text
-    if pair and one:
-        text, pair = f"{pair}\n{text}", None
-    whole = len(tokenizer(text, pair)["input_ids"])
-    encoding = tokenizer(text, pair, truncation="longest_first", max_length=max_length)
-    return {key: encoding[key] for key in ("input_ids", *(() if one else ("token_type_ids",))) if key in encoding}, whole
+
+    def read(pair, **options):
+        return tokenizer(f"{pair}\n{text}", **options) if pair and one else tokenizer(text, pair, **options)
+
+    def fits(pair):
+        return len(read(pair)["input_ids"]) <= max_length
+
+    cut, context = not fits(pair), False
+    if cut and pair and (one or row.get("of_dialogue")):  # what is next to the text stays; two texts side by side are cut alike
+        pair = pair[bisect_left(range(len(pair)), True, key=lambda start: fits(pair[start:])):] or None
+        cut, context = pair is None and not fits(None), True
+    encoding = read(pair, truncation="longest_first", max_length=max_length)
+    return {key: encoding[key] for key in ("input_ids", *(() if one else ("token_type_ids",))) if key in encoding}, cut, context
 
 
 def _end_once(ids: list[int], end: int, max_length: int) -> list[int]:
@@ -215,7 +261,7 @@ def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """Accuracy and F1 of the labels, by language and in all, with a report on each label; the most frequent label beside them if asked."""
     shared, names = flags(record), list(task.config["label2id"])
-    features, counts = task.encode(rows, "rows", shared.on_bad_row)
+    features, counts = task.encode(rows, "rows", shared.on_bad_row, outside_alone=True)
     for sentence in counts["refused"].values():
         print(f"skipped {sentence}")
     rows = [row for number, row in enumerate(rows, start=1) if number not in counts["refused"]]
@@ -239,7 +285,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
                for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, "text": row["text"], "label": right[i],
                     **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
-    notes, more = [], {"slices": _slices(rows, languages, logits, labels, shared)}
+    notes, more = [*counts["sentences"]], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
         notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
     if not shared.multi_label:
@@ -261,7 +307,7 @@ def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
     scored = []
     for language in [*sorted(set(languages)), "all"]:
         at = np.array([language in (own, "all") for own in languages])
-        values = {"loss": mean_loss(sums[at])["loss"]} if np.isfinite(sums[at]).all() else {}
+        values = {"loss": mean_loss(sums[at])["loss"]} if sums[at, 1].sum() > 0 else {}  # NaN, or all of them out of scope, has none
         if shared.multi_label:
             values |= {key: 100 * value for key, value in multi_label_scores(logits[at] > 0, labels[at] > 0).items()}
         else:

@@ -54,7 +54,7 @@ def check(shared):
 
 
 def _check(row: dict) -> str | None:
-    return data.check_dialogue(row) if "messages" in row else data.check_pretrain(row)
+    return data.check_turns(row) if "messages" in row else data.check_pretrain(row)
 
 
 def rows(rows, shared) -> disk.Stored:
