@@ -42,6 +42,9 @@ LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 DEV_SCORES = {"chat": ("loss", "perplexity", *WRITTEN), "translate": ("loss", "perplexity", *WRITTEN),
               "classify": ("loss", "accuracy", "f1_macro"), "tag": ("loss", "f1", "precision", "recall"),
               "pretrain": LOWER_IS_BETTER}
+# Which of them says what is best, where it is not the loss: a classifier goes on learning to tell labels apart when its loss rises again,
+# as it grows too sure of its mistakes.
+BEST_BY = {"classify": "accuracy", "tag": "f1"}
 
 
 @dataclass
@@ -159,7 +162,7 @@ TRAINER_DEFAULTS = {
     "save_strategy": ("epoch", "when to write a checkpoint"),
     "save_total_limit": (2, "checkpoints kept: the best and the last"),
     "load_best_model_at_end": (True, "end with the checkpoint that scored best on dev"),
-    "metric_for_best_model": ("loss", "what 'best' means"),
+    "metric_for_best_model": ("loss", "what 'best' means; for classify it is accuracy, for tag f1"),
     "greater_is_better": (None, "as is right for that metric"),
     "include_num_input_tokens_seen": ("non_padding", "count the tokens trained on, for tokens per second"),
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
@@ -367,6 +370,8 @@ def check_task(shared: SharedArguments, argv: list[str]) -> None:
 
 def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     """Which checkpoint is the best: by a score that there will be, and in the direction that is right for it."""
+    if training.metric_for_best_model == "loss" and not any(word.split("=")[0] == "--metric_for_best_model" for word in argv):
+        training.metric_for_best_model = BEST_BY.get(shared.task, "loss")
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if not best:
         return
