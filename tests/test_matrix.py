@@ -54,6 +54,7 @@ def test_a_cell_works(task, kind, method, tiny, files, tmp_path):
                          "--max_steps", "4" if method == "adalora" else "2", "--warmup_steps", "0", "--lr_scheduler_type", "constant",
                          "--load_best_model_at_end", "False",
                          "--eval_strategy", "no", "--save_strategy", "no", trainer_class=Watched)
+    assert trainer.args.metric_for_best_model == {"classify": "accuracy", "tag": "f1"}.get(task, "loss")
     now = dict(trainer.model.named_parameters())
     changed = {name for name, before in trainer.before.items() if not torch.equal(before, now[name])}
     expected = {name for name in now if re.fullmatch(OWN[method], name) or re.fullmatch(HEAD, name)}
