@@ -330,7 +330,7 @@ def test_the_config_of_4_bits_is_qlora_s_and_reaches_the_loading(peft_type, kept
     monkeypatch.setattr(models, "load", lambda source, auto_class, **config: seen.update(config) or SimpleNamespace(drawn_at_random=[]))
     task = tasks.Task("x", peft_type, AutoModelForCausalLM, None, None, 8, None, None, None, config={"pad_token_id": 3})
     task.load_model()
-    assert seen == {"pad_token_id": 3}
+    assert seen == {"pad_token_id": 3, "completed": False}
     task.load_model(True)
     config = seen["quantization_config"]
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant

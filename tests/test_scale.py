@@ -77,11 +77,11 @@ GOLDEN = {
     "llama --data c --replay b.jsonl:0.5 --max_train_samples 10":
         ("0d0b83b19f98", "8ae5166f3dcf", "e1c9b59a1f9f", "d819fc17bc58"),
     "bert --task classify --data labels.jsonl --oos_label other --class_weights balanced --max_length 40 --on_bad_row skip":
-        ("1425b84e3505", "23e11d69954d", "010d1bae333e"),
+        ("1425b84e3505", "23e11d69954d", "d29739a1fc64"),
     "bert --task classify --data turns.jsonl --label intent --context_turns 1":
-        ("d4839990b56d", "ef720e4b683f", "d43dcd4aade7"),
+        ("d4839990b56d", "ef720e4b683f", "af1fad90c27e"),
     "bert --task classify --data lists.jsonl --multi_label":
-        ("204a4fba924d", "cb8b557347d6", "f88fac56aef8"),
+        ("204a4fba924d", "cb8b557347d6", "3b9904ef2c46"),
     "bert --task tag --data tags.jsonl --max_length 40":
         ("eda17d6ca395", "c0fbf294b78e", "2b9a9edff209"),
     "llama --task tag --data tags.jsonl --max_length 40":
