@@ -62,9 +62,9 @@ class _Blocks(torch.autograd.Function):
         grouped = (query * scaling).view(batch, groups, heads // groups, queries, size)
         key, value = key.reshape(batch * groups, keys, size), value.reshape(batch * groups, keys, -1)
         out = query.new_empty(batch, queries, groups, heads // groups, value.shape[-1])
-        saved = []
+        blocks, saved = list(_blocks(queries, keys, mask, causal)), []
         with torch.autocast(query.device.type, enabled=False):
-            for rows, end in _blocks(queries, keys, mask, causal):
+            for rows, end in blocks:
                 q = grouped[:, :, :, rows].reshape(batch * groups, -1, size)
                 scores = torch.bmm(q, key[:, :end].transpose(1, 2)).view(batch, heads, -1, end)
                 if mask is not None:
@@ -79,7 +79,7 @@ class _Blocks(torch.autograd.Function):
                 out[:, rows] = result.view(batch, groups, heads // groups, -1, value.shape[-1]).permute(0, 3, 1, 2, 4)
                 saved += [q, weights, kept]
         ctx.save_for_backward(key, value, *saved)
-        ctx.shape, ctx.scaling, ctx.blocks = query.shape, scaling, list(_blocks(queries, keys, mask, causal))
+        ctx.shape, ctx.scaling, ctx.blocks = query.shape, scaling, blocks
         return out.view(batch, queries, heads, -1)
 
     @staticmethod
