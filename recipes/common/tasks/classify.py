@@ -189,11 +189,13 @@ def _tokens(row: dict, tokenizer, max_length: int, ended: bool) -> tuple[dict, b
     def fits(pair):
         return len(read(pair)["input_ids"]) <= max_length
 
-    cut, context = not fits(pair), False
-    if cut and pair and (one or row.get("of_dialogue")):  # what is next to the text stays; two texts side by side are cut alike
-        pair = pair[bisect_left(range(len(pair)), True, key=lambda start: fits(pair[start:])):] or None
-        cut, context = pair is None and not fits(None), True
-    encoding = read(pair, truncation="longest_first", max_length=max_length)
+    encoding, context = read(pair), False
+    cut = len(encoding["input_ids"]) > max_length
+    if cut:
+        if pair and (one or row.get("of_dialogue")):  # what is next to the text stays; two texts side by side are cut alike
+            pair = pair[bisect_left(range(len(pair)), True, key=lambda start: fits(pair[start:])):] or None
+            cut, context = pair is None and not fits(None), True
+        encoding = read(pair, truncation="longest_first", max_length=max_length)
     return {key: encoding[key] for key in ("input_ids", *(() if one else ("token_type_ids",))) if key in encoding}, cut, context
 
 
