@@ -206,7 +206,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     defaults = {name: default for name, (default, _) in TRAINER_DEFAULTS.items()}
     for f in fields(method_class):
         if f.metadata.get("trainer"):
-            given = any(word.split("=")[0] == f"--{f.name}" for word in argv)
+            given = f"--{f.name}" in _flags(argv)
             if not given:
                 fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False)
                            or getattr(shared, name, False))
@@ -358,9 +358,14 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
 
 
+def _flags(argv: list[str]) -> set[str]:
+    """The flags that a command line names, as --flag."""
+    return {word.split("=")[0] for word in argv}
+
+
 def check_task(shared: SharedArguments, argv: list[str]) -> None:
     """Raise `UserError` if the command line has a flag of another task."""
-    flags = {word.split("=")[0] for word in argv}
+    flags = _flags(argv)
     for f in fields(SharedArguments):
         theirs = f.metadata.get("task", shared.task)
         theirs = (theirs,) if isinstance(theirs, str) else theirs
@@ -370,7 +375,7 @@ def check_task(shared: SharedArguments, argv: list[str]) -> None:
 
 def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     """Which checkpoint is the best: by a score that there will be, and in the direction that is right for it."""
-    if training.metric_for_best_model == "loss" and not any(word.split("=")[0] == "--metric_for_best_model" for word in argv):
+    if training.metric_for_best_model == "loss" and "--metric_for_best_model" not in _flags(argv):
         training.metric_for_best_model = BEST_BY.get(shared.task, "loss")
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if not best:
@@ -382,7 +387,7 @@ def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     if best in WRITTEN and not shared.eval_generate_rows:
         raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
     greater = best not in LOWER_IS_BETTER
-    if any(word.split("=")[0] == "--greater_is_better" for word in argv) and training.greater_is_better != greater:
+    if "--greater_is_better" in _flags(argv) and training.greater_is_better != greater:
         raise UserError(f"--metric_for_best_model {best} would keep the worst checkpoint with "
                         f"--greater_is_better {not greater}: leave that out")
     training.greater_is_better = greater
@@ -392,7 +397,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     check_task(shared, argv)
     for name in ("save", "eval"):
         strategy = getattr(training, f"{name}_strategy")
-        if strategy == "epoch" and any(word.split("=")[0] == f"--{name}_steps" for word in argv):
+        if strategy == "epoch" and f"--{name}_steps" in _flags(argv):
             raise UserError(f"--{name}_steps counts only with --{name}_strategy steps, and that is {strategy.value}: add it")
     _check_best(shared, training, argv)
     if training.fp16 and training.device.type == "cpu":
@@ -429,9 +434,9 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--train_sampling_strategy {training.train_sampling_strategy}: a stream comes in its own order: leave it out")
     if not 0 < shared.train_fraction <= 1:
         raise UserError(f"--train_fraction {shared.train_fraction:g} is no share: use a number above 0 and up to 1, such as 0.5")
-    if shared.max_tokens and any(word.split("=")[0] in ("--max_steps", "--num_train_epochs") for word in argv):
+    if shared.max_tokens and _flags(argv) & {"--max_steps", "--num_train_epochs"}:
         raise UserError("--max_tokens says how long to train: leave --max_steps and --num_train_epochs out")
-    if shared.start_from and any(word.split("=")[0] == "--model" for word in argv):
+    if shared.start_from and "--model" in _flags(argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
     if shared.start_from and shared.from_scratch:
         raise UserError("--start_from goes on from what a run has learned: leave --from_scratch out")
