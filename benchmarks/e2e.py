@@ -252,10 +252,12 @@ def read_text(path: Path) -> str:
 
 def predictions(path: Path) -> tuple[list[dict], list[str]]:
     """The lines of a predictions-SPLIT.jsonl of --task translate, and the names of the models that wrote them. Raises `UserError`."""
+    from recipes.common import evaluation
+
     wrong = UserError(f"{path} holds no predictions of --task translate: name a predictions-SPLIT.jsonl that scripts/evaluate.py wrote")
     try:
         lines = [json.loads(line) for line in read_text(path).splitlines()]
-        names = [name for name in lines[0] if name not in ("id", "row", "language", "source", "references")]
+        names = [name for name in lines[0] if name not in evaluation.COLUMNS]
         if not names or not all(line["references"] and isinstance(line[name], str) for line in lines for name in names):
             raise wrong
     except (ValueError, LookupError, TypeError):
@@ -375,7 +377,7 @@ def meteor(outputs: dict[int, list[str]], references: dict[int, list[str]]) -> f
 
 def runs_table(runs: list[Path], split: str | None) -> list[tuple]:
     """The rows that `show` takes: each run, and each untuned model once. Raises `UserError` for runs scored on different items."""
-    from recipes.common import models
+    from recipes.common import evaluation, models
 
     rows, first = {}, None
     for run in runs:
@@ -387,7 +389,7 @@ def runs_table(runs: list[Path], split: str | None) -> list[tuple]:
         if items != first[1]:
             raise UserError(f"{run} and {first[0]} were scored on different items: give them the same --data, --split and --limit")
         for name in names:
-            outputs, own = [line[name] for line in lines], name == record["recipe"]
+            outputs, own = [line[name] for line in lines], name == evaluation.own_name(record)
             key = (run,) if own else (name, *outputs)
             if key in rows:
                 continue

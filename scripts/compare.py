@@ -393,7 +393,7 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     refuse_other_rows(texts, results, out)
     own = {name: [run for run in results if run.system == name and run.fraction == 1] for name in chosen}
     scored = {name: [run for run in wanted if run in texts] for name, wanted in own.items()}
-    counts = {run: counts_of(plan, texts[run], evaluation.beside_columns(result["record"]["recipe"])) for run, result in results.items()
+    counts = {run: counts_of(plan, texts[run], evaluation.own_name(result["record"])) for run, result in results.items()
               if run in texts}
     systems = {name: [counts[run] for run in members] for name, members in scored.items() if members}
     base, model = None, None
@@ -504,7 +504,7 @@ def costs(finished: list[tuple[dict, Path]], plan) -> dict:
     if not finished:
         return {}
     mean = {key: sum(record[key] for record, _ in finished) / len(finished) for key in ("seconds", "tokens_per_second")}
-    latencies = [float(record["evaluation"][plan.split]["latency"][evaluation.beside_columns(record["recipe"])]) for record, _ in finished]
+    latencies = [float(record["evaluation"][plan.split]["latency"][evaluation.own_name(record)]) for record, _ in finished]
     return {**{key: finished[0][0][key] for key in ("trainable_parameters", "total_parameters")}, **mean,
             "peak_memory_mb": max(record["peak_memory_mb"] for record, _ in finished), "disk_mb": disk_mb(finished[0][1]),
             "latency": sorted(latencies)[len(latencies) // 2]}
@@ -538,7 +538,7 @@ def samples(plan, members: dict, texts: dict, results: dict) -> list[dict]:
     """Held-out items, evenly from the first to the last, with the answer of every system (of its first seed)."""
     from recipes.common import evaluation
 
-    by = {name: (texts[run][0], model or evaluation.beside_columns(results[run]["record"]["recipe"]))
+    by = {name: (texts[run][0], model or evaluation.own_name(results[run]["record"]))
           for name, (run, model) in members.items()}
     lines = next(iter(by.values()))[0]
     rows = held_out(plan) if plan.shared.task == "chat" else []

@@ -52,7 +52,7 @@ def main():
     tokenizer = models.load_run_tokenizer(run)
     task = tasks.of_run(record, tokenizer)
     # Functions, so that one model at a time is in memory.
-    names = member_names([run, *others]) if others else [evaluation.beside_columns(record["recipe"])]
+    names = member_names([run, *others]) if others else [evaluation.own_name(record)]
     candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True)
                   for name, folder in zip(names, (run, *others), strict=True)}
     if others:

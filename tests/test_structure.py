@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "plots": set(),
     "wording": set(),
     "report": {"plots", "wording"},
-    "model_card": {"plots"},
+    "model_card": {"evaluation", "plots"},
     "augment": {"errors"},
     "pii": set(),
     "duplicates": set(),

@@ -27,6 +27,11 @@ def beside_columns(name: str) -> str:
     return f"{name}-run" if name in COLUMNS else name
 
 
+def own_name(record: dict) -> str:
+    """The name of a run's model in its own evaluation, from its run.json."""
+    return beside_columns(record["recipe"])
+
+
 def slices(keys: list[dict[str, str]], columns, scorers: dict) -> dict:
     """The scores of parts of the rows: for each key (intent, language) a line for each of its values and each model.
 

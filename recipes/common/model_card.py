@@ -6,6 +6,7 @@ It is README.md in a Hub repository; here it has another name, as PEFT writes a 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from recipes.common import evaluation
 from recipes.common.plots import finite, short
 
 TEMPLATE = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -43,7 +44,7 @@ def _results(record: dict) -> list[EvalResult]:
     scores = [("dev", key.removeprefix("dev_"), value) for key, value in record["metrics"].items()]
     if record.get("evaluation"):
         scores = [(split, heading, value) for split, result in record["evaluation"].items() for row in result["table"]
-                  if (row["language"], row["model"]) == ("all", record["recipe"])
+                  if (row["language"], row["model"]) == ("all", evaluation.own_name(record))
                   for heading, value in zip(result["columns"], row["values"], strict=True)]
     return [EvalResult(task_type=kind, dataset_type=name, dataset_name=name, dataset_split=split, metric_name=heading,
                        metric_type=heading.lower().replace(" ", "_"), metric_value=round(float(value), 4))
