@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import DIALOGUES, ROOT
 from safetensors.torch import load_file
+from test_cli import shell
 from test_methods import run_recipe
 
 from recipes.common import processes
@@ -113,6 +114,44 @@ def test_latency_is_no_matter_for_several(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "--run", "runs/none", "--latency", "4"])
     with pytest.raises(UserError, match="--latency 4 needs the machine for itself"):
         runpy.run_path(str(ROOT / "scripts/evaluate.py"))["main"]()
+
+
+EXCHANGE = """
+import atexit
+import sys
+from pathlib import Path
+import torch
+import torch._dynamo  # when imported after the group is formed, it would hold on to it
+from recipes.common import errors
+
+@atexit.register  # so it comes after what errors.install registers
+def show():
+    print(sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm")), "threads of gloo")
+
+errors.install()
+torch.distributed.init_process_group("gloo")
+
+def train(end):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
+    model(torch.ones(1, 8)).sum().backward()
+    model.circle = [model]
+    for _ in range(20):
+        torch.distributed.all_reduce(torch.ones(1000))
+    if end == "in an error":
+        raise errors.UserError(end)
+
+train(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("well", 0), ("in an error", 1)])
+def test_a_process_that_has_just_exchanged_ends_well(end, code, tmp_path):
+    """Without `part_at_exit`, nearly every such group aborts: gloo still holds the last tensors when the interpreter ends."""
+    (tmp_path / "exchange.py").write_text(EXCHANGE, encoding="utf-8")
+    result = shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "exchange.py", end,
+                   OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert result.code == code and result.err.count(f"error: {end}") == code and "terminate" not in result.err, result.err
+    assert result.out.split("\n")[0] == "0 threads of gloo", result.out
 
 
 def test_a_tied_weight_is_not_missed_and_another_is(tiny, data, tmp_path, monkeypatch):

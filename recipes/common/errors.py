@@ -32,4 +32,5 @@ def install() -> None:
             print(text, file=sys.stderr, flush=True)
 
     processes.quiet()
+    processes.part_at_exit()
     sys.excepthook = hook

@@ -4,6 +4,8 @@ Only the first one, rank 0, prints. An error is shown once, whichever ranks it m
 variables (docs.pytorch.org/docs/stable/elastic/run.html), so all of this is known before torch is imported.
 """
 
+import atexit
+import gc
 import hashlib
 import os
 import re
@@ -33,6 +35,25 @@ def quiet() -> None:
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # stays open as long as the process
     warnings.simplefilter("ignore")
     os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+
+def part_at_exit() -> None:
+    """Let this process leave its group before the interpreter ends, whatever ends it.
+
+    A thread of gloo lets go of the tensors that it exchanged a moment after the exchange. If the interpreter is ending by then, that
+    thread is stopped within a destructor, and the process aborts (SIGABRT, "terminate called without an active exception").
+    """
+    if count() > 1:
+        atexit.register(_part)
+
+
+def _part() -> None:
+    distributed = sys.modules.get("torch.distributed")  # not imported if the command line was refused
+    if distributed and distributed.is_initialized():
+        # An error that ended the process holds on to all that its functions held (sys.last_exc since Python 3.12).
+        sys.last_type = sys.last_value = sys.last_traceback = sys.last_exc = None
+        gc.collect()  # a model wrapped for the group holds on to the group, and is itself held in a circle with its trainer
+        distributed.destroy_process_group()
 
 
 def first_to_tell(sentence: str) -> bool:
