@@ -15,7 +15,7 @@ from test_methods import run_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BartConfig, BartForConditionalGeneration, set_seed
 
 from recipes import lora
-from recipes.common import args, data, losses, models, tasks
+from recipes.common import args, data, losses, metrics, models, tasks
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.head_start import NOISE, SCALES
@@ -258,6 +258,29 @@ def test_multi_label_scores_are_those_of_the_definition():
     predicted = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]]) > 0
     # Label by label: (tp, fp, fn) = (2, 0, 0), (1, 1, 0), (0, 0, 1); so F1 = 1, 2/3, 0, and 2*3 / (6 + 1 + 1) over all.
     assert classify.multi_label_scores(predicted, right) == pytest.approx({"accuracy": 1 / 3, "f1_macro": 5 / 9, "f1_micro": 6 / 8})
+    report = metrics.multi_label_report(predicted, right, ["a", "b", "c"])
+    assert list(report) == ["a", "b", "c", "micro avg", "macro avg", "weighted avg"]
+    assert report["b"] == {"precision": 0.5, "recall": 1, "f1-score": pytest.approx(2 / 3), "support": 1}
+    assert report["micro avg"] == {"precision": 3 / 4, "recall": 3 / 4, "f1-score": 3 / 4, "support": 4}
+    assert report["macro avg"] == pytest.approx({"precision": 0.5, "recall": 2 / 3, "f1-score": 5 / 9, "support": 4})
+    assert report["weighted avg"] == pytest.approx({"precision": 2.5 / 4, "recall": 3 / 4, "f1-score": (2 + 2 / 3) / 4, "support": 4})
+
+
+def test_several_labels_are_evaluated_beside_the_most_frequent_one(tiny, tmp_path):
+    rows = [{"text": "late and broken", "label": ["late", "broken"]}, {"text": "fine", "label": []}, {"text": "late", "label": ["late"]}]
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = tmp_path / "run"
+    run_recipe("full", tiny("bert"), tmp_path, run, "--task", "classify", "--multi_label", "--max_steps", "1")
+    result = call("scripts/evaluate.py", "--run", run, "--base", "--dtype", "float32")
+    assert result.code == 0 and "always late" in result.out, result.err
+    evaluation = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
+    [always] = [row for row in evaluation["table"] if row["model"] == "always late" and row["language"] == "all"]
+    # late: 2 of 3 right, so precision 2/3 and recall 1; broken: never said; 2*2 / (2*2 + 1 + 1) over both; only "late" is free of mistakes.
+    assert dict(zip(evaluation["columns"], always["values"], strict=True)) == {
+        "loss": "nan", "accuracy": pytest.approx(100 / 3), "macro F1": pytest.approx(40), "micro F1": pytest.approx(200 / 3)}
+    assert evaluation["report"].keys() == {"broken", "late", "micro avg", "macro avg", "weighted avg"}
+    assert "Each label" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_threshold_parts_what_can_be_parted():

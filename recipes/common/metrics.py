@@ -18,6 +18,7 @@ from importlib.metadata import version
 from itertools import zip_longest
 
 import evaluate
+import numpy as np
 import sacrebleu
 from datasets import Features, List, Value
 from rouge_score.rouge_scorer import RougeScorer
@@ -244,24 +245,34 @@ def classification_report(predictions, references) -> dict:
     _check_lengths(predictions, references)
     predicted, support = Counter(predictions), Counter(references)
     hits = Counter(p for p, r in zip(predictions, references, strict=True) if p == r)
-    rows = {
-        str(label): {
-            "precision": hits[label] / max(predicted[label], 1),
-            "recall": hits[label] / max(support[label], 1),
-            "f1-score": 2 * hits[label] / (predicted[label] + support[label]),
-            "support": support[label],
-        }
-        for label in sorted(predicted.keys() | support.keys())
-    }
-    averages = {}
+    rows = {str(label): _scores_of(hits[label], predicted[label], support[label]) for label in sorted(predicted.keys() | support.keys())}
+    return {**rows, "accuracy": hits.total() / len(references), **_averages(rows)}
+
+
+def multi_label_report(predictions: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
+    """Precision, recall, F1 (0-1) and support (count) of each label, where a row has any number of them; and three averages.
+
+    predictions and references: (rows, labels) of true and false. Keys and values are those of scikit-learn's
+    `classification_report(..., target_names=labels, output_dict=True, zero_division=0)`, without "samples avg".
+    """
+    sums = [(predictions & references).sum(0), predictions.sum(0), references.sum(0)]
+    rows = {label: _scores_of(*counts) for label, *counts in zip(labels, *(column.tolist() for column in sums), strict=True)}
+    return {**rows, "micro avg": _scores_of(*(int(column.sum()) for column in sums)), **_averages(rows)}
+
+
+def _scores_of(hits: int, predicted: int, support: int) -> dict:
+    return {"precision": hits / max(predicted, 1), "recall": hits / max(support, 1), "f1-score": 2 * hits / max(predicted + support, 1),
+            "support": support}
+
+
+def _averages(rows: dict[str, dict]) -> dict:
+    averages, support = {}, sum(row["support"] for row in rows.values())
     for name, weight in (("macro avg", lambda row: 1), ("weighted avg", lambda row: row["support"])):
-        total = sum(map(weight, rows.values()))
-        averages[name] = {
-            score: sum(weight(row) * row[score] for row in rows.values()) / total
-            for score in ("precision", "recall", "f1-score")
-        }
-        averages[name]["support"] = len(references)
-    return {**rows, "accuracy": hits.total() / len(references), **averages}
+        total = max(sum(map(weight, rows.values())), 1)
+        averages[name] = {score: sum(weight(row) * row[score] for row in rows.values()) / total
+                          for score in ("precision", "recall", "f1-score")}
+        averages[name]["support"] = support
+    return averages
 
 
 def confusion_matrix(predictions, references, most: int = 12) -> dict:

@@ -234,10 +234,9 @@ def multi_label_scores(predicted: np.ndarray, right: np.ndarray) -> dict[str, fl
 
     As scikit-learn's f1_score(average=..., zero_division=0) and accuracy_score.
     """
-    hits, either = (predicted & right).sum(0), predicted.sum(0) + right.sum(0)
-    f1 = np.divide(2 * hits, either, out=np.zeros(len(hits)), where=either > 0)
-    return {"accuracy": float((predicted == right).all(1).mean()), "f1_macro": float(f1.mean()),
-            "f1_micro": float(2 * hits.sum() / max(either.sum(), 1))}
+    report = metrics.multi_label_report(predicted, right, [str(i) for i in range(right.shape[1])])
+    return {"accuracy": float((predicted == right).all(1).mean()), "f1_macro": report["macro avg"]["f1-score"],
+            "f1_micro": report["micro avg"]["f1-score"]}
 
 
 def confidence(logits: np.ndarray) -> np.ndarray:
@@ -275,10 +274,10 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         sums, logits[name] = map(np.array, zip(*dataset_outputs(load(), task, features, f"Labels of {name}"), strict=True))
         losses[name] = dict(enumerate(sums.tolist()))
         scored += _scores(name, sums, logits[name], labels, languages, shared, cut)
-    if options.base and not shared.multi_label:
+    if options.base:
         frequent = int(np.argmax([record["data"]["labels"][label] for label in names]))
         always = np.full((len(rows), len(names)), -np.inf)
-        always[:, frequent] = 0
+        always[:, frequent] = 1
         scored += _scores(f"always {names[frequent]}", np.full((len(rows), 2), np.nan), always, labels, languages, shared, None)
     name, last = list(logits.items())[-1]
     right = [_right(labels[i], names, shared) for i in range(len(rows))]
@@ -290,7 +289,9 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     notes, more = [*counts["sentences"]], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
         notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
-    if not shared.multi_label:
+    if shared.multi_label:
+        more["report"] = metrics.multi_label_report(logits[name] > 0, labels > 0, names)
+    else:
         more["report"] = metrics.classification_report(predicted[name], right)
         wrong = Counter((r, p) for r, p in zip(right, predicted[name], strict=True) if r != p)
         more["confusion_matrix"] = metrics.confusion_matrix(predicted[name], right)
