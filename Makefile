@@ -71,10 +71,10 @@ tag-minilm: EPOCHS = 10
 intent-minilm sentiment-minilm tag-minilm: $(STAMP)
 	$(call TRAIN,$(RECIPE))
 
-# From scratch: SmolLM2's architecture in small sizes. It takes minutes, and learns no more than what such text looks like.
+# From scratch: a small GPT-2. It takes minutes, and learns no more than what such text looks like. A tokenizer of GPT-2's kind is trained.
 pretrain-tiny: MODEL ?= smollm2
-pretrain-tiny: FLAGS = --task pretrain --from_scratch --vocab_size 2000 --max_length 128 --config_overrides $(SIZES)
-pretrain-tiny: SIZES = hidden_size=128,intermediate_size=384,num_hidden_layers=4,num_attention_heads=4,num_key_value_heads=2,head_dim=32
+pretrain-tiny: FLAGS = --task pretrain --from_scratch --vocab_size 2000 --max_length 128 --model_type gpt2 --config_overrides $(SIZES)
+pretrain-tiny: SIZES = n_embd=128,n_layer=4,n_head=4,n_positions=128
 pretrain-tiny: EPOCHS = 20
 pretrain-tiny: $(STAMP)
 	$(call TRAIN,$(RECIPE))

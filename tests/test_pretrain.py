@@ -469,6 +469,28 @@ def test_a_model_from_scratch_has_the_sizes_and_the_vocabulary_asked_for_and_is_
     assert record["model"]["requested"] == str(config) and trainer.args.learning_rate == 1e-3
 
 
+def test_another_architecture_takes_the_tokenizer_of_the_model(tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    run_recipe("full", tiny("llama"), folder, run, *PLAIN, "--from_scratch", "--model_type", "gpt2", "--vocab_size", "290",
+               "--config_overrides", "n_embd=16,n_layer=1,n_head=2", "--max_steps", "1")
+    task = tasks.of_run(models.read_record(run), models.load_run_tokenizer(run))
+    model = models.load_run(run, torch.float32, task.auto_class)
+    assert model.config.model_type == "gpt2" and model.config.hidden_size == 16 and model.config.n_positions == 1024
+    assert model.config.vocab_size == len(task.tokenizer) == 290 and model.config.eos_token_id == task.tokenizer.eos_token_id
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "loss over tokens" in report and "operations" in report
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("gpt2x", "--model_type gpt2x is no architecture .*did you mean gpt2"),
+                                             ("zzzzz", "--model_type zzzzz is no architecture .*as gpt2"),
+                                             ("bert", r"--model_type bert \(encoder\) would get the tokenizer of .* \(decoder\)"),
+                                             ("t5", r"--model_type t5 \(encoder-decoder\)")])
+def test_an_architecture_that_is_none_or_of_another_kind(name, wrong, tiny, folder, tmp_path):
+    with pytest.raises(UserError, match=wrong):
+        run_recipe("full", tiny("llama"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--model_type", name)
+    assert not (tmp_path / "run" / "start").exists()
+
+
 def test_the_weights_are_drawn_by_the_seed(tiny, tmp_path):
     source = models.resolve(str(tiny("gpt2")))
     states = []
@@ -556,6 +578,7 @@ def test_only_full_learns_from_scratch(recipe, tiny, folder, tmp_path):
 
 @pytest.mark.parametrize(("flags", "wrong"), [
     (("--task", "pretrain", "--vocab_size", "300"), "--vocab_size .*add --from_scratch"),
+    (("--task", "pretrain", "--model_type", "gpt2"), "--model_type .*add --from_scratch"),
     (("--task", "pretrain", "--config_overrides", "n_layer=1"), "--config_overrides .*add --from_scratch"),
     (("--task", "chat", "--from_scratch"), "--from_scratch is for --task pretrain"),
     (("--task", "pretrain", "--from_scratch", "--train_top_layers", "1"), "--train_top_layers would leave"),

@@ -134,6 +134,8 @@ class SharedArguments:
     from_scratch: bool = option(False, "only the architecture of --model: weights drawn at random (--seed)", task="pretrain")
     vocab_size: int = option(None, "with --from_scratch: train a tokenizer of the model's kind, of N tokens, on the train rows (default: "
                              "the model's own tokenizer)", task="pretrain", at_least=8)
+    model_type: str = option(None, "with --from_scratch: this architecture of transformers (gpt2, llama, bert ...) in its default sizes; "
+                             "--model then gives only the tokenizer", task="pretrain")
     config_overrides: str = option(None, "with --from_scratch: other sizes, as in num_hidden_layers=4,hidden_size=256", task="pretrain")
 
 
@@ -440,7 +442,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
         raise UserError("--start_from takes the model of the run: leave --model out")
     if shared.start_from and shared.from_scratch:
         raise UserError("--start_from goes on from what a run has learned: leave --from_scratch out")
-    for name in ("vocab_size", "config_overrides"):
+    for name in ("vocab_size", "model_type", "config_overrides"):
         if getattr(shared, name) is not None and not shared.from_scratch:
             raise UserError(f"--{name} changes a model that is trained from the beginning: add --from_scratch, or leave it out")
     if shared.repeats and not Path(shared.repeats).is_file():

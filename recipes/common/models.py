@@ -145,10 +145,14 @@ def window(source: Source) -> int | None:
 
 def kind(source: Source) -> str:
     """One of KINDS: "decoder" (reads from left to right), "encoder" (both ways at once) or "encoder-decoder"."""
-    found = config(source)
-    if found.is_encoder_decoder:
+    return kind_of(config(source))
+
+
+def kind_of(config) -> str:
+    """The same of a model with this config."""
+    if config.is_encoder_decoder:
         return "encoder-decoder"
-    return "encoder" if type(found) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
+    return "encoder" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else "decoder"
 
 
 def pooling(source: Source) -> str:

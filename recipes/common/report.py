@@ -26,7 +26,7 @@ def render(record: dict, language: str = "en") -> str:
     evaluations = {split: result | {"pictures": _score_pictures(result), "matrix": _matrix(result, t),
                                     "answers": [_answers(sample) for sample in result["samples"]]}
                    for split, result in record.get("evaluation", {}).items()}
-    return _page("report.html.jinja", language, run=record, curves=curves(record["history"], t), evaluations=evaluations,
+    return _page("report.html.jinja", language, run=record, curves=curves(record["history"], t, "flops" in record), evaluations=evaluations,
                  ranks=ranks(record.get("method_report", {}).get("rank_pattern", {})),
                  title=t("{recipe} on {model}", recipe=record["recipe"], model=plots.short(record["model"]["used"])))
 
@@ -97,8 +97,11 @@ def _text(value) -> str:
 # Pictures
 
 
-def curves(history: list[dict], t) -> list[tuple[str, str]]:
-    """(title, SVG) of the losses, the learning rate, the gradient norm and the other dev scores over the steps; only those logged."""
+def curves(history: list[dict], t, per_token: bool = False) -> list[tuple[str, str]]:
+    """(title, SVG) of the losses, the learning rate, the gradient norm and the other dev scores over the steps; only those logged.
+
+    With `per_token`, the losses over the tokens seen as well.
+    """
     def points(key):
         return [(entry["step"], entry[key]) for entry in history if key in entry]
 
@@ -108,6 +111,11 @@ def curves(history: list[dict], t) -> list[tuple[str, str]]:
               if key.startswith("eval_") and not key.endswith(SPEED) and key not in ("eval_loss", "eval_perplexity")}
     found += [(f"{t('dev')}: {key.removeprefix('eval_')}", {"": points(key)}) for key in others]
     pictures = [(title, plots.lines(series, title, t("step"))) for title, series in found]
+    if per_token:
+        over = {t(name): [(entry["num_input_tokens_seen"], entry[key]) for entry in history if key in entry]
+                for name, key in (("train", "loss"), ("dev", "eval_loss"))}
+        title = t("loss over tokens")
+        pictures.insert(1, (title, plots.lines(over, title, t("tokens"))))
     return [(title, picture) for title, picture in pictures if picture]
 
 

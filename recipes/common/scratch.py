@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from recipes.common import models
 from recipes.common.errors import UserError
@@ -33,7 +34,7 @@ def start(shared, training, source: models.Source, tokenizer, auto_class, rows: 
 
 
 def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) -> None:
-    config = models.config(source)
+    config = models.config(source) if shared.model_type is None else _of_type(shared.model_type, source)
     changes = overrides(shared.config_overrides, config)
     if shared.vocab_size:
         tokenizer = train_tokenizer(tokenizer, (row["text"] for row in rows()), shared.vocab_size)
@@ -50,7 +51,7 @@ def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) 
             model(input_ids=torch.tensor([[0, 1]]))
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"--config_overrides {shared.config_overrides} gives no model that works ({' '.join(str(error).split())[:200]}): "
-                        f"sizes must divide as those of {source.used} do") from error
+                        f"sizes must divide as those of {shared.model_type or source.used} do") from error
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if shared.max_length and window and shared.max_length > window:
         raise UserError(f"--max_length {shared.max_length} exceeds the {window} tokens that this model can read: lower it, or raise "
@@ -65,6 +66,20 @@ def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) 
         os.replace(made, folder)
     print(f"from scratch: {model.num_parameters():,} parameters drawn at random (seed {seed}), {len(tokenizer):,} tokens"
           + (f", the vocabulary trained on {len(rows()):,} texts" if shared.vocab_size else f", those of {source.used}"))
+
+
+def _of_type(name: str, source):
+    """The config of this architecture at transformers' default sizes. Raises `UserError` if `source` is of another kind."""
+    try:
+        config = AutoConfig.for_model(name)
+    except ValueError:
+        near = difflib.get_close_matches(name, CONFIG_MAPPING, n=1)
+        raise UserError(f"--model_type {name} is no architecture of transformers: "
+                        + (f"did you mean {near[0]}?" if near else "it is what config.json calls model_type, as gpt2 or llama")) from None
+    if models.kind_of(config) != models.kind(source):
+        raise UserError(f"--model_type {name} ({models.kind_of(config)}) would get the tokenizer of {source.used} ({models.kind(source)}): "
+                        "name a --model of the same kind")
+    return config
 
 
 def train_tokenizer(tokenizer, texts: Iterable[str], size: int):
@@ -109,7 +124,8 @@ def _value(entry: str, text: str, current):
 
 def _asked(shared, seed: int) -> dict:
     """The flags that make a start what it is."""
-    return {"model": shared.model, "config_overrides": shared.config_overrides, "vocab_size": shared.vocab_size, "seed": seed}
+    return {"model": shared.model, "model_type": shared.model_type,
+            "config_overrides": shared.config_overrides, "vocab_size": shared.vocab_size, "seed": seed}
 
 
 def _check_same(shared, seed: int, folder: Path) -> None:
