@@ -36,7 +36,8 @@ from recipes.common.errors import UserError
 DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
 # Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
 NOT_OF_ROWS = {"model", "fallback_model", "start_from", "from_scratch", "vocab_size", "model_type", "config_overrides",
-               "preprocessing_num_workers", "early_stopping_patience", "layer_lr_decay", "model_dropout", "adversarial", "adversarial_epsilon", "r_drop",
+               "preprocessing_num_workers", "early_stopping_patience",
+               "layer_lr_decay", "model_dropout", "adversarial", "adversarial_epsilon", "r_drop",
                "tokens_per_step", "micro_batch_tokens", "attention", "max_tokens", "max_minutes", "eval_generate_rows",
                "eval_generate_tokens", "eval_generate_seconds", "on_nan", "data_timeout", "allow_changed", "repeats"}
 
