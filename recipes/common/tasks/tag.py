@@ -155,7 +155,10 @@ def _likeliest(parts) -> tuple[torch.Tensor]:
 
 
 def dev_metrics(predicted: np.ndarray, labels: np.ndarray, *, names: list[str]) -> dict[str, float]:
-    """F1, precision and recall of the spans, 0-1, over the words that have a label (words beyond --max_length have none)."""
+    """F1, precision and recall of the spans, 0-1, over the words that have a label, as the model is asked to give it.
+
+    Words beyond --max_length have none, and a type that the train rows lack is O; `evaluate` counts what is missed by either.
+    """
     keep = labels != IGNORE
     as_tags = [[[names[i] for i in row[mask]] for row, mask in zip(values, keep, strict=True)] for values in (predicted, labels)]
     average = metrics.span_report(*as_tags)["micro avg"]
