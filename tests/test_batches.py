@@ -16,6 +16,7 @@ from test_methods import run_recipe
 from test_resume import curve, same, trained
 from test_trainer import METHODS, TASK, assert_same_trajectory, collate, make_model, make_rows
 from transformers import TrainingArguments, set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipes.common import args, batches, models, runs, tasks
 from recipes.common.errors import UserError
@@ -180,6 +181,83 @@ def test_a_loss_divided_by_the_items_of_one_micro_batch_is_caught(tmp_path, monk
     monkeypatch.setitem(globals(), "RecipeTrainer", Forgetful)
     with pytest.raises(AssertionError):
         assert_same_trajectory(trajectory("lora", tmp_path, args.SharedArguments(micro_batch_tokens=60))[1], whole)
+
+
+# Packed rows
+
+
+def test_packed_groups_hold_no_more_than_the_limit():
+    assert batches.fill([3, 4, 2, 9, 1, 1], limit=7) == [[0, 1], [2], [3], [4, 5]]
+
+
+def test_rows_are_packed_without_their_padding():
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+             "labels": torch.tensor([[5, 6, -100], [8, 9, -100]])}
+    packed = {name: tensor.tolist() for name, tensor in batches.pack(batch).items()}
+    assert packed == {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 0, 1]], "labels": [[-100, 6, -100, -100, 9]]}
+    assert batch["labels"][0, 0] == 5
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """A CPU has no kernel that skips what lies between packed rows; these get the same result from a mask."""
+    monkeypatch.setattr(batches, "PACKED_BY", ("sdpa", "eager", "cpu_blocks"))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "auto"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "prefix"])
+def test_packed_rows_see_nothing_of_each_other(method, kernel, packing, tmp_path):
+    whole = trajectory(method, tmp_path)[1]
+    for tokens in (0, 60):
+        trainer, got = trajectory(method, tmp_path, args.SharedArguments(micro_batch_tokens=tokens, attention=kernel))
+        assert trainer.packed and trainer.padding_share == 0
+        assert_same_trajectory(got, whole)
+
+
+def test_rows_that_see_each_other_are_caught(packing, tmp_path, monkeypatch):
+    whole, pack = trajectory("lora", tmp_path)[1], batches.pack
+
+    def leaking(batch):
+        packed = pack(batch)
+        return packed | {"position_ids": torch.arange(packed["input_ids"].shape[1])[None]}
+
+    monkeypatch.setattr(batches, "pack", leaking)
+    with pytest.raises(AssertionError):
+        assert_same_trajectory(trajectory("lora", tmp_path, args.SharedArguments(attention="sdpa"))[1], whole)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_both_kernels_of_packing_are_told_where_rows_end(kind, monkeypatch):
+    """What transformers hands to flex and flash attention for packed rows: a mask that keeps them apart, or the positions themselves."""
+    model = make_model(kind, "full").eval()
+    first, second = torch.arange(3, 9), torch.arange(4, 15)
+    packed = {"input_ids": torch.cat([first, second])[None],
+              "position_ids": torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None]}
+    seen = {}
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        seen.update(mask=attention_mask, positions=kwargs.get("position_ids"))
+        return query.transpose(1, 2).contiguous(), None
+
+    for kernel in batches.PACKED_BY:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, kernel, spy)
+        model.config._attn_implementation_internal = kernel
+        with torch.no_grad():
+            model(**packed, use_cache=False)
+        if kernel == "flex_attention":
+            where = torch.arange(17)
+            allowed = torch.stack([torch.stack([seen["mask"].mask_mod(0, 0, q, k) for k in where]) for q in where])
+            row = (where >= 6).long()
+            assert (allowed == ((row[:, None] == row[None]) & (where[None] <= where[:, None]))).all()
+        else:
+            assert seen["mask"] is None and (seen["positions"] == packed["position_ids"]).all()
+
+
+@pytest.mark.parametrize("method, technique, packed", [("lora", {}, True), ("lora", {"adversarial": "fgm"}, False), ("prefix", {}, False)])
+def test_what_needs_its_rows_apart_is_not_packed(method, technique, packed, packing, tmp_path):
+    trainer, got = trajectory(method, tmp_path, args.SharedArguments(micro_batch_tokens=60, **technique))
+    assert trainer.packed == packed
+    assert_same_trajectory(got, trajectory(method, tmp_path, args.SharedArguments(**technique))[1])
 
 
 # In a run

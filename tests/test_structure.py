@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
     "regularize": {"errors", "losses"},
-    "batches": set(),
+    "batches": {"chat"},
     "cpu_attention": set(),
     "checkpoints": {"errors"},
     "dev_answers": {"chat", "generation", "losses", "metrics"},

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Gemma2Config, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Gemma2Config, T5Config, T5ForConditionalGeneration, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recipes import adapter, full, lora, prefix
-from recipes.common import args, losses
+from recipes.common import args, losses, trainer
 from recipes.common.chat import IGNORE, pad
+from recipes.common.errors import UserError
 from recipes.common.losses import only_positions
 from recipes.common.scoring import dataset_outputs
 from recipes.common.trainer import RecipeTrainer
@@ -311,3 +312,20 @@ def test_the_frozen_layers_of_a_whole_model_stay_as_they_are_under_bf16(tmp_path
     saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen and all(torch.equal(saved[name], before[name]) for name in frozen)
+
+
+def test_flex_attention_is_refused_where_it_cannot_train(tmp_path):
+    shared = args.SharedArguments(attention="flex_attention")
+    with pytest.raises(UserError, match="--attention flex_attention .* CPU.* leave the flag out"):
+        trainer.prepare(make_model("llama", "lora"), TrainingArguments(str(tmp_path), use_cpu=True), shared)
+
+
+@pytest.mark.parametrize("kind, installed, bf16, suits", [("llama", True, True, True), ("llama", False, True, False),
+                                                          ("llama", True, False, False), ("t5", True, True, False)])
+def test_flash_attention_is_taken_where_it_can_be(kind, installed, bf16, suits, monkeypatch):
+    monkeypatch.setattr(trainer, "is_flash_attn_2_available", lambda: installed)
+    gpu = SimpleNamespace(device=torch.device("cuda"), bf16=bf16, fp16=False)
+    model = make_model(kind, "full") if kind == "llama" else T5ForConditionalGeneration(T5Config(
+        vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    assert trainer._flash_attention_suits(model, gpu) == suits
+    assert not trainer._flash_attention_suits(model, SimpleNamespace(device=torch.device("cpu"), bf16=bf16, fp16=False))

@@ -105,7 +105,8 @@ class SharedArguments:
                                      "result. 0: what suits the hardware (the default, unless the Trainer's batch flags are given)",
                                      at_least=0, group="speed")
     attention: typing.Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = option(
-        "auto", "attention kernel; auto: sdpa, and on a CPU one of this project's own", group="speed")
+        "auto", "attention kernel; auto: sdpa; on a CPU this project's own; on a GPU flash_attention_2 where flash-attn is installed",
+        group="speed")
 
     layer_lr_decay: float = option(1.0, "each block learns this times as fast as the one above it: 0.9 spares the lower ones",
                                    at_least=0.01, group="against over-fitting")

@@ -4,6 +4,7 @@ The rows of a step stay what the random order says; only how they are grouped fo
 As the loss is divided by the items of the whole step, the grouping changes nothing but the rounding.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -12,11 +13,15 @@ import pyarrow.compute as pc
 import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from recipes.common.chat import IGNORE
+
 # Tokens, padding included, that run together, and what one group more costs, in tokens (docs/benchmarks.md). On a CPU a larger group gains
 # nothing but memory; elsewhere small groups leave the processor idle.
 CPU_LIMIT, CPU_OVERHEAD = 640, 48
 LARGE_OVERHEAD = 256
 CPU_PADDING = 0.02  # share of a step's positions that may be padding; it is saved by smaller groups, which cost a CPU little
+# Attention kernels that run rows of different lengths behind each other at no cost.
+PACKED_BY = ("flash_attention_2", "flex_attention")
 # Share of the memory of a GPU that activations may take beside weights, gradients and optimizer.
 ACTIVATIONS = 0.5
 
@@ -50,6 +55,38 @@ def split_tightly(lengths: list[int], limit: int, overhead: int, padding: float)
         overhead //= 2
 
 
+def fill(lengths: list[int], limit: int) -> list[list[int]]:
+    """The indices of `lengths`, in order, in groups of at most `limit` tokens, or of a single row: for rows that are run packed."""
+    groups, tokens = [], 0
+    for i, length in enumerate(lengths):
+        if not groups or tokens + length > limit:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(i)
+        tokens += length
+    return groups
+
+
+def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows of a batch for next-token prediction behind each other as one, without its padding: input_ids, position_ids and labels, each
+    (1, tokens).
+
+    Positions begin anew with each row. That is how transformers tells the rows apart where there is no attention mask, so that no token
+    sees another row (masking_utils.find_packed_sequence_indices). The first token of a row is predicted by nothing.
+    """
+    real = batch["attention_mask"].bool()
+    labels = batch["labels"].clone()
+    labels[:, 0] = IGNORE
+    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    return {name: tensor[real][None] for name, tensor in (("input_ids", batch["input_ids"]), ("position_ids", positions),
+                                                          ("labels", labels))}
+
+
+def packs(network) -> bool:
+    """Whether rows of the transformers model `network` are best run packed: its attention kernel skips what lies between them."""
+    return network.config._attn_implementation in PACKED_BY and "position_ids" in inspect.signature(network.forward).parameters
+
+
 def lengths(features) -> list[int]:
     """Tokens of each row of a dataset of features, none of which is read."""
     return pc.list_value_length(features.with_format("arrow")[:]["input_ids"]).to_pylist()
@@ -62,8 +99,10 @@ def collate(rows: list[dict], one: Callable, group: Callable | None) -> list[dic
     return [one([rows[i] for i in indices]) for indices in group([len(row["input_ids"]) for row in rows])]
 
 
-def grouping(model, bf16: bool, limit: int) -> Callable[[list[int]], list[list[int]]]:
+def grouping(model, bf16: bool, limit: int, packed: bool = False) -> Callable[[list[int]], list[list[int]]]:
     """How to group rows, by their lengths, on the hardware that `model` is on; `limit` tokens together, or 0 for what suits it."""
+    if packed:
+        return partial(fill, limit=limit or _fitting_tokens(model, bf16))
     if model.device.type == "cpu":
         return partial(split_tightly, limit=limit or CPU_LIMIT, overhead=CPU_OVERHEAD, padding=CPU_PADDING)
     return partial(split, limit=limit or _fitting_tokens(model, bf16), overhead=LARGE_OVERHEAD)

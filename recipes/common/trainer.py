@@ -4,7 +4,8 @@ What differs, each in one place:
 
 - `compute_loss` takes the task's loss function (losses.py), which projects to the vocabulary only where a token is trained on (the
   logits are the largest tensor of a step);
-- a batch is a list: the rows of a step in the groups that they are run in (batches.py), with one loss for all of them;
+- a batch is a list: the rows of a step in the groups that they are run in (batches.py), with one loss for all of them; where the
+  attention kernel skips what lies between rows, those of a group are packed into one;
 - `_parts` takes the faster attention kernel for the batch at hand (cpu_attention.py);
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.utils import is_flash_attn_2_available
 
 from recipes.common import batches, checkpoints, cpu_attention, dev_answers, faults, losses, regularize, trained
 from recipes.common.errors import UserError
@@ -62,6 +64,9 @@ class RecipeTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
+        # A prefix is put before a row, not before each of several in one; adversarial embeddings are measured row by row.
+        has_prefix = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        self.packed = (self._loss_shifts_labels and batches.packs(losses.network(model)) and not has_prefix and self.adversary is None)
         self.padded = self.positions = 0  # that were run in training, by this process
         self.label_names = ["labels"]
         self.questions = []
@@ -127,6 +132,8 @@ class RecipeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the supervised items of the optimizer step, micro-batches and processes together."""
+        if self.packed:
+            inputs = batches.pack(inputs)
         parts = self._parts(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = len(parts[0].targets)
@@ -148,7 +155,7 @@ class RecipeTrainer(Trainer):
         group, limit = None, self.shared.micro_batch_tokens
         # Where each pass gathers weights from all processes, all must make equally many.
         if limit is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            group = batches.grouping(losses.network(self.model), self.args.bf16, limit)
+            group = batches.grouping(losses.network(self.model), self.args.bf16, limit, self.packed)
         return partial(batches.collate, one=self.task.collate, group=group)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -175,7 +182,9 @@ class RecipeTrainer(Trainer):
         total, run = 0, partial(self._forward_and_backward, model, num_items_in_batch=num_items_in_batch)
         for i, micro_batch in enumerate(inputs):
             mask = micro_batch["attention_mask"]
-            self.padded, self.positions = self.padded + int((mask == 0).sum()), self.positions + mask.numel()
+            padded = int((mask == 0).sum())
+            self.padded += 0 if self.packed else padded
+            self.positions += mask.numel() - (padded if self.packed else 0)
             # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
             with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():
                 total = total + self.watch.train(run, micro_batch)
@@ -374,12 +383,24 @@ def prepare(model, training, shared, method=None) -> None:
         _hold_frozen_in_bf16(model)
     if shared.start_from:
         trained.go_on_from(Path(shared.start_from), model, method)
-    if shared.attention != "auto":
-        _set_attention(losses.network(model), shared.attention)
+    network, kernel = losses.network(model), shared.attention
+    if kernel == "auto" and _flash_attention_suits(network, training):
+        kernel = "flash_attention_2"
+        print("attention: flash_attention_2, as flash-attn is installed; --attention sdpa does without it")
+    if kernel != "auto":
+        _set_attention(network, kernel, training.device)
 
 
-def _set_attention(model, kernel: str) -> None:
+def _flash_attention_suits(model, training) -> bool:
+    # The kernel multiplies in 16 bits alone, on a GPU, and knows no attention but that of a plain decoder or encoder.
+    return (training.device.type == "cuda" and (training.bf16 or training.fp16) and model._supports_flash_attn
+            and model.config._attn_implementation == "sdpa" and is_flash_attn_2_available())
+
+
+def _set_attention(model, kernel: str, device: torch.device) -> None:
     """Raise `UserError` where the model or this machine lacks it."""
+    if kernel == "flex_attention" and device.type == "cpu":
+        raise UserError("--attention flex_attention can't be trained with on a CPU, where it has no backward pass: leave the flag out")
     try:
         model.set_attn_implementation(kernel)
     except (ImportError, ValueError) as error:
