@@ -111,9 +111,9 @@ def test_with_inductor():
 
 def test_a_run_has_the_losses_and_files_of_one_without_it(tiny, data, tmp_path, capsys):  # noqa: F811
     def run(name, *flags):
-        trainer = run_recipe("lora", tiny("llama"), data, tmp_path / name, "--max_steps", "2", "--per_device_train_batch_size", "4",
-                             "--logging_steps", "1", "--learning_rate", "0.01", "--warmup_steps", "0", "--save_strategy", "steps",
-                             "--save_steps", "1", "--micro_batch_tokens", "1000", *flags)
+        trainer = run_recipe("full", tiny("gpt2"), data, tmp_path / name, "--max_steps", "2", "--per_device_train_batch_size", "4",
+                             "--logging_steps", "1", "--learning_rate", "0.001", "--warmup_steps", "0", "--save_strategy", "steps",
+                             "--save_steps", "1", "--micro_batch_tokens", "1000", "--model_dropout", "0", *flags)
         files = {str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*")}
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], files
 
@@ -124,8 +124,8 @@ def test_a_run_has_the_losses_and_files_of_one_without_it(tiny, data, tmp_path, 
     assert "note: torch.compile works for a minute or more" in capsys.readouterr().out
     assert graphs() > 0
     assert compiled == pytest.approx(plain, rel=1e-4) and len(plain) == 2 and plain[0] != plain[1]
-    assert compiled_files == files
-    name = "adapter_model.safetensors"
+    assert compiled_files == files and "checkpoint-2/model.safetensors" in files
+    name = "model.safetensors"
     tuned, compiled_tuned = load_file(tmp_path / "plain" / name), load_file(tmp_path / "compiled" / name)
     torch.testing.assert_close(compiled_tuned, tuned, rtol=1e-3, atol=1e-5)
     shutil.rmtree(tmp_path / "compiled/checkpoint-2")

@@ -69,8 +69,9 @@ def compiled_blocks(model, training):
     for block in blocks:
         block.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode, dynamic=True)
     try:
-        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, accumulated_recompile_limit=COMPILATIONS), \
-                torch.compiler.set_stance("force_eager"):
+        # optimize_ddp would cut graphs where DDP sends gradients; between blocks they are cut already.
+        limits = {"recompile_limit": COMPILATIONS, "accumulated_recompile_limit": COMPILATIONS, "optimize_ddp": False}
+        with torch._dynamo.config.patch(limits), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         AttentionInterface.register(cpu_attention.NAME, cpu_attention.attend)
