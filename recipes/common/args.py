@@ -418,6 +418,10 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise UserError(f"--{name} {getattr(training, name)}: use 1 or more")
+    if training.torch_compile:
+        from recipes.common import compilation
+
+        compilation.check(training)
     for name, why in (("auto_find_batch_size", "batches are halved by themselves when memory runs out, and the step keeps its rows"),
                       ("enable_jit_checkpoint", "SIGTERM writes a checkpoint by itself"),
                       ("restore_callback_states_from_checkpoint", "a resume restores them by itself")):

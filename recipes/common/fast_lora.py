@@ -7,8 +7,6 @@ Here the update is added in place to the product with the frozen matrix, forward
 kept. The result is PEFT's, to rounding. Parameters, their names, saving, merging and `disable_adapter` stay PEFT's.
 """
 
-from functools import partial
-
 import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
@@ -25,7 +23,7 @@ def speed_up(model):
     slow = 0
     for layer in layers:
         if type(layer) is Linear and type(layer.get_base_layer()) in (nn.Linear, Conv1D):
-            layer.forward = partial(_forward, layer)
+            layer.__class__ = FusedLinear
             slow += not _plain(layer)
         else:
             slow += 1
@@ -35,20 +33,23 @@ def speed_up(model):
     return model
 
 
-def _forward(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """What `layer`, a peft.tuners.lora.Linear, makes of x: (..., inputs) -> (..., outputs)."""
-    if args or kwargs or layer.disable_adapters or layer.merged or not _plain(layer):
-        return Linear.forward(layer, x, *args, **kwargs)
-    [name] = layer.active_adapters
-    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif x.dtype == base.weight.dtype == a.dtype:
-        dtype = x.dtype
-    else:  # PEFT adds in the wider type
-        return Linear.forward(layer, x)
-    weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-    return _Fused.apply(x.to(dtype), weight.to(dtype), None if base.bias is None else base.bias.to(dtype), a, b, layer.scaling[name])
+class FusedLinear(Linear):
+    """PEFT's LoRA layer with the fused forward: x (..., inputs) -> (..., outputs). `speed_up` makes a layer one by changing its class, as
+    another forward on the instance would be hidden from torch.compile."""
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if args or kwargs or self.disable_adapters or self.merged or not _plain(self):
+            return super().forward(x, *args, **kwargs)
+        [name] = self.active_adapters
+        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        elif x.dtype == base.weight.dtype == a.dtype:
+            dtype = x.dtype
+        else:  # PEFT adds in the wider type
+            return super().forward(x)
+        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        return _Fused.apply(x.to(dtype), weight.to(dtype), None if base.bias is None else base.bias.to(dtype), a, b, self.scaling[name])
 
 
 def _plain(layer) -> bool:

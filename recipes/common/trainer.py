@@ -6,6 +6,7 @@ What differs, each in one place:
   logits are the largest tensor of a step);
 - a batch is a list: the rows of a step in the groups that they are run in (batches.py), with one loss for all of them; where the
   attention kernel skips what lies between rows, those of a group are packed into one;
+- --torch_compile compiles the blocks, for the passes of training only (compilation.py);
 - `_parts` takes the faster attention kernel for the batch at hand (cpu_attention.py);
 - `prediction_step` hands on two numbers a row in place of its logits, so that the dev loss is a mean over all items, exactly, and
   whatever few numbers more the task's metrics need;
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -29,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_flash_attn_2_available
 
-from recipes.common import batches, checkpoints, cpu_attention, dev_answers, faults, losses, regularize, trained
+from recipes.common import batches, checkpoints, compilation, cpu_attention, dev_answers, faults, losses, regularize, trained
 from recipes.common.errors import UserError
 from recipes.common.scoring import mean_loss
 
@@ -83,7 +84,11 @@ class RecipeTrainer(Trainer):
         for sentence in checkpoints.changed_since(Path(self.shared.repeats), self._asked()) if self.shared.repeats else ():
             self.watch.tell(sentence)
         self._say_what_is_repeated()
-        with self.watch.signals():
+        compiled = contextlib.nullcontext()
+        if self.args.torch_compile:
+            self.watch.tell(compilation.NOTE)
+            compiled = compilation.compiled_blocks(losses.network(self.model), self.args)
+        with self.watch.signals(), compiled:
             result = super().train(*args, **kwargs)
         padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
         self.padding_share = padded / positions if positions else 0.0  # a run resumed at its end trains nothing
@@ -190,8 +195,17 @@ class RecipeTrainer(Trainer):
                 total = total + self.watch.train(run, micro_batch)
         return total
 
+    def _build_accelerator_args(self, **kwargs):
+        # With the Trainer's plugin, Accelerate would compile the whole model.
+        own = {"dynamo_plugin": TorchDynamoPlugin(backend="no")} if self.args.torch_compile else {}
+        return super()._build_accelerator_args(**kwargs) | own
+
     def _forward_and_backward(self, model, inputs, num_items_in_batch):
         """Forward and backward; twice or more where --adversarial asks for it. Returns the loss on the rows as they are."""
+        with compilation.running() if self.args.torch_compile else contextlib.nullcontext():
+            return self._passes(model, inputs, num_items_in_batch)
+
+    def _passes(self, model, inputs, num_items_in_batch):
         step = partial(super().training_step, model, inputs, num_items_in_batch)
 
         def loss():
