@@ -416,6 +416,8 @@ def print_report(task: Task) -> None:
     """The run's first lines on the screen: the model, and what became of the rows."""
     source, report = task.source, task.report
     print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
+    if task.lineage:
+        print("goes on from: {run} ({recipe}, {steps} steps)".format(**task.lineage[-1]))
     if report.get("tokenized", {}).get("from_cache"):
         print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):
