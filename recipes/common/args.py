@@ -149,6 +149,10 @@ class Method:
     def check(self, shared: SharedArguments, training) -> None:
         """Raise `UserError` for a combination of flags that this method can't do."""
 
+    def positions(self) -> int:
+        """How many positions of the model's window this method takes for itself."""
+        return 0
+
     def refuses(self, task: str, kind: str) -> str | None:
         """Why this method can't learn the task with models of this kind (models.KINDS), or None if it can."""
 

@@ -141,6 +141,7 @@ def _load(shared, method, training) -> Task:
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
+    _leave_room(kind, shared, source, method)
     if run:
         _check_same_pooling(run, record, shared, source)
     tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
@@ -393,6 +394,13 @@ def without_data(shared, source: models.Source, rows: list[dict]) -> Task:
     """The task for the model `source` and what the train `rows` say, which is enough to encode rows. Raises `UserError`."""
     kind = module(shared.task)
     return _make(kind, shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
+
+
+def _leave_room(kind, shared, source, method) -> None:
+    """Let rows be shorter by default where the method takes positions that the model's window lacks beside the task's longest rows."""
+    window = models.window(source)
+    if window and method.positions() and not shared.max_length:
+        shared.max_length = min(kind.MAX_LENGTH, max(window - method.positions(), 8))
 
 
 def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
