@@ -34,6 +34,12 @@ class MethodArguments(args.Method):
         if shared.layer_lr_decay != 1:
             raise UserError("--layer_lr_decay: a prefix belongs to no block of the model, so all of it learns alike: leave it out")
 
+        if self.projection_hidden_size != 512 and not self.prefix_projection:
+            raise UserError("--projection_hidden_size is the width of the network of --prefix_projection: add that, or leave it out")
+
+    def positions(self):
+        return self.num_virtual_tokens
+
     def refuses(self, task, kind):
         if kind == "encoder-decoder" and task in ("classify", "tag"):  # test_matrix.py shows what happens
             return "PEFT can't put a prefix before its classifiers: use --recipe lora or adapter"

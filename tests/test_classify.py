@@ -64,10 +64,11 @@ def test_turns_of_a_dialogue_become_rows_with_their_context():
     ({"text": " ", "label": "a"}, {}, '"text" must be a string with visible text'),
     ({"text": "x", "label": 1.5}, {}, '"label" must be a string or a whole number'),
     ({"text": "x", "label": True}, {}, '"label" must be a string or a whole number'),
-    ({"text": "x", "label": ["a"]}, {}, '"label" must be a string or a whole number'),
+    ({"text": "x", "label": ["a"]}, {}, '"label" is a list, \'["a"]\': where a row may have several labels, give --multi_label'),
     ({"text": "x", "label": "a"}, {"multi_label": True}, "as --multi_label says"),
     ({"text": "x", "text_pair": 3, "label": "a"}, {}, '"text_pair" must be a string'),
     (DIALOGUES[0], {"label": "intent"}, 'no turn has the key "intent"'),
+    ({"messages": [{"role": "user", "content": "Hi", "sentiment": "happy", "intent": "greet"}]}, {}, "(the turns have intent, sentiment)"),
 ])
 def test_a_row_that_breaks_the_contract(row, options, wrong):
     assert wrong in classify.check(flags(**options))(row)
@@ -75,7 +76,7 @@ def test_a_row_that_breaks_the_contract(row, options, wrong):
 
 @pytest.mark.parametrize(("value", "multi_label", "wrong"), [
     ("", False, "visible text"), (True, False, "a string or a whole number"), (3.5, False, "a string or a whole number"),
-    ({"x": 1}, False, "a string or a whole number"), (["a"], False, "a string or a whole number"), ("greet", True, "as --multi_label says"),
+    ({"x": 1}, False, "a string or a whole number"), (["a"], False, "give --multi_label"), ("greet", True, "as --multi_label says"),
     ([""], True, "visible text"), (["a", "a"], True, "twice"), (None, False, 'no turn has the key "intent"'),
 ])
 def test_the_label_of_a_turn_keeps_the_contract_of_rows(value, multi_label, wrong, write_jsonl):

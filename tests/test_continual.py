@@ -188,7 +188,9 @@ def test_the_head_of_the_run_is_not_told_as_a_new_one(tiny, tmp_path, write_json
     told = capsys.readouterr().out
     assert all(sentence in told for sentence in false)
     second = go_on("adapter", tmp_path / "run", file, tmp_path / "next", *flags, "--learning_rate", "0")
-    assert not any(sentence in capsys.readouterr().out for sentence in false)
+    told = capsys.readouterr().out
+    assert not any(sentence in told for sentence in false)
+    assert f"goes on from: {tmp_path / 'run'} (adapter, {first.state.global_step} steps)" in told
     assert same(trained(first.model), trained(second.model))
     models.load_run(tmp_path / "next", auto_class=second.task.auto_class, config=second.task.config)
     assert "drawn at random" not in capsys.readouterr().out

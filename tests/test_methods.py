@@ -271,6 +271,14 @@ def test_a_prefix_starts_as_real_tokens(kind, projection, tiny):
             assert torch.allclose(got, expected, atol=1e-4) == (start == "text")
 
 
+def test_by_default_rows_leave_a_prefix_its_room(tiny, data, tmp_path, monkeypatch):
+    """The task's longest row, 768 tokens, would fill the model's window of 256."""
+    monkeypatch.setattr(sys, "argv", ["recipes/prefix.py", "--model", str(tiny("gpt2")), "--data", str(data), "--output_dir",
+                                      str(tmp_path / "run"), "--use_cpu", "--bf16", "False", "--report_to", "none", "--max_steps", "1"])
+    prefix.main()
+    assert json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["shared_arguments"]["max_length"] == 256 - 20
+
+
 def test_a_prefix_needs_room_in_the_window(tiny, data, tmp_path):
     method = prefix.MethodArguments(num_virtual_tokens=20)
     prefix.adapt(base(tiny, "gpt2"), stub_task(max_length=236), method, None)

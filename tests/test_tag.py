@@ -212,7 +212,14 @@ def test_words_without_a_prediction_count_as_missed(tiny, write_jsonl, tmp_path,
     evaluate(monkeypatch, "--run", run, "--data", write_jsonl([long], "long.jsonl"))
     [scores] = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"].values()
     assert scores["report"]["city"]["support"] == 40 and scores["report"]["city"]["recall"] <= 158 // 7 / 40
-    assert "are predicted as O" in scores["notes"][0]
+    assert "are predicted as O" in scores["notes"][0] and not any("--base" in note for note in scores["notes"])
+
+
+def test_where_the_untuned_model_has_no_score_base_says_so(tiny, write_jsonl, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run_recipe("lora", tiny("gpt2"), write_jsonl(ROWS), run, "--task", "tag", "--max_steps", "1")
+    evaluate(monkeypatch, "--run", run, "--base")
+    assert "note: --base adds no line: the untuned model has no head for these tags" in capsys.readouterr().out
 
 
 def test_class_weights_reach_the_loss(tiny, write_jsonl, tmp_path):

@@ -150,6 +150,10 @@ class Method:
     def check(self, shared: SharedArguments, training) -> None:
         """Raise `UserError` for a combination of flags that this method can't do."""
 
+    def positions(self) -> int:
+        """How many positions of the model's window this method takes for itself."""
+        return 0
+
     def refuses(self, task: str, kind: str) -> str | None:
         """Why this method can't learn the task with models of this kind (models.KINDS), or None if it can."""
 
@@ -407,6 +411,12 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
         raise UserError("--fp16 needs a GPU: leave it out, or use --bf16, which a CPU can compute")
     if shared.tokens_per_step and training.gradient_accumulation_steps > 1:
         raise UserError("--tokens_per_step is what a whole step holds: leave --gradient_accumulation_steps out")
+    for name, needed, there in (("adversarial_epsilon", "--adversarial fgm or pgd", shared.adversarial != "none"),
+                                ("eval_generate_tokens", "--eval_generate_rows N", shared.eval_generate_rows),
+                                ("eval_generate_seconds", "--eval_generate_rows N", shared.eval_generate_rows),
+                                ("shuffle_buffer", "--streaming", shared.streaming)):
+        if f"--{name}" in _flags(argv) and not there:
+            raise UserError(f"--{name} changes nothing without {needed}: add that, or leave it out")
     strategy = training.train_sampling_strategy
     if shared.tokens_per_step and strategy not in ("random", "sequential"):
         raise UserError(f"--train_sampling_strategy {strategy} can't be combined with --tokens_per_step: leave one of them out")

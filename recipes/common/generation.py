@@ -235,8 +235,9 @@ def _read(model, writer, prompt: list[int]) -> DynamicCache:
         for i, layer in enumerate(model.get_prompt(batch_size=1).layers):
             past.update(layer.keys.to(model.dtype), layer.values.to(model.dtype), i)
     ids = torch.tensor([prompt], device=model.device)
+    mask = torch.ones(1, past.get_seq_length() + len(prompt), dtype=torch.long, device=model.device)
     # No logits but one row of them: the vocabulary is the widest matrix of a small model.
-    return writer(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+    return writer(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _stack(rows: list[torch.Tensor], length: int) -> torch.Tensor:

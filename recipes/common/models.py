@@ -174,6 +174,8 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
 
     `classifier_pooling` is that of `pooling`, for a classifier on an encoder. `completed`: what the checkpoint lacks comes from an adapter.
     """
+    # How GPT-2 stores its matrices is told by PEFT, which then does the right thing by itself.
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning)
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its report of new and unused weights is told in two lines below
     try:

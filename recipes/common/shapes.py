@@ -163,7 +163,9 @@ def check_classify(row: dict, label: str = "label", multi_label: bool = False) -
             return wrong
         labelled = labelled_turns(row, label)
         if not labelled:
-            return f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
+            keys = sorted({key for turn in row["messages"] for key in turn} - {"role", "content", "train", label})
+            return (f'no turn has the key "{label}", so there is nothing to learn; --label names another key'
+                    + (f" (the turns have {', '.join(keys)})" if keys else ""))
         return next((f"turn {i + 1}: {wrong}" for i, turn in labelled if (wrong := _no_labels(turn, label, multi_label))), None)
     if wrong := _missing(row, "text", label) or _no_text(row, "text"):
         return wrong
@@ -182,6 +184,8 @@ def _no_labels(row: dict, label: str, multi_label: bool) -> str | None:
     values = row[label] if multi_label else [row[label]]
     if not isinstance(values, list):
         return f'"{label}" must be a list of labels, as --multi_label says, not {short(values)}'  # an empty one: none applies
+    if not multi_label and isinstance(row[label], list):
+        return f'"{label}" is a list, {short(row[label])}: where a row may have several labels, give --multi_label'
     for value in values:
         if isinstance(value, bool) or not isinstance(value, str | int):
             return f'"{label}" must be a string or a whole number, not {short(value)}'

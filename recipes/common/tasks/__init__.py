@@ -141,6 +141,7 @@ def _load(shared, method, training) -> Task:
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
+    _leave_room(kind, shared, source, method)
     if run:
         _check_same_pooling(run, record, shared, source)
     tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
@@ -395,6 +396,13 @@ def without_data(shared, source: models.Source, rows: list[dict]) -> Task:
     return _make(kind, shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
 
 
+def _leave_room(kind, shared, source, method) -> None:
+    """Let rows be shorter by default where the method takes positions that the model's window lacks beside the task's longest rows."""
+    window = models.window(source)
+    if window and method.positions() and not shared.max_length:
+        shared.max_length = min(kind.MAX_LENGTH, max(window - method.positions(), 8))
+
+
 def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
     window = models.window(source)
     if shared.max_length and window and shared.max_length > window:
@@ -416,6 +424,8 @@ def print_report(task: Task) -> None:
     """The run's first lines on the screen: the model, and what became of the rows."""
     source, report = task.source, task.report
     print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
+    if task.lineage:
+        print("goes on from: {run} ({recipe}, {steps} steps)".format(**task.lineage[-1]))
     if report.get("tokenized", {}).get("from_cache"):
         print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):

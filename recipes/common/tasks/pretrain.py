@@ -97,14 +97,15 @@ def _auto_class(shared, source):
 
 
 def _causal(shared, source, tokenizer, auto_class) -> Task:
-    begin, end = ends(tokenizer)
+    _, end = ends(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(end)
+    stops = sorted({end, tokenizer.eos_token_id} - {None})  # the Trainer would add the tokenizer's own by itself, and say so at length
     return Task("pretrain", "CAUSAL_LM", auto_class, source, tokenizer, shared.max_length,
                 encode=partial(encode_blocks, tokenizer=tokenizer, max_length=shared.max_length,
                                processes=shared.preprocessing_num_workers),
                 collate=partial(collate_blocks, pad_id=tokenizer.pad_token_id), loss=losses.next_token,
-                generation=GenerationConfig(eos_token_id=[end], pad_token_id=tokenizer.pad_token_id, bos_token_id=begin))
+                generation=GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id))
 
 
 def ends(tokenizer) -> tuple[int | None, int]:

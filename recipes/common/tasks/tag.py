@@ -169,6 +169,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     """F1 of the spans, by language and in all, with a report on each type. A word without a prediction counts as O."""
     names = list(task.config["label2id"])
     features, counts = task.encode(rows, "rows", flags(record).on_bad_row)
+    notes = [*counts["sentences"], *(["--base adds no line: the untuned model has no head for these tags"] if options.base else [])]
     languages = [metrics.language_of(row, " ".join(row["tokens"])) for row in rows]
     right = [row["tags"] for row in rows]
     scored, predicted, losses = [], {}, {}
@@ -202,7 +203,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     keys = [{"language": language, "length": metrics.length_class("".join(spaced(row["tokens"])))}
             for language, row in zip(languages, rows, strict=True)]
     slices = evaluation.slices(keys, ["F1", "precision", "recall"], {name: scorer(tags) for name, tags in predicted.items()})
-    return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), slices=slices, notes=counts["sentences"], samples=samples,
+    return evaluation.result(COLUMNS.values(), scored, "rows", len(rows), slices=slices, notes=notes, samples=samples,
                              predictions=predictions, losses=losses, report=metrics.span_report(predicted[name], right),
                              signature="a span is right if its type and both its ends are; F1, precision, recall 0-100 over all spans, "
                                        "macro F1 over types, accuracy over words")
