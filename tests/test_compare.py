@@ -307,15 +307,16 @@ def test_what_twice_the_data_would_bring():
 def test_shares_of_the_rows_lie_within_each_other(go, shop):
     from recipes.common import data, disk, tasks
 
-    def share(size, seed):
+    def share(size, seed, limit=None):
         train = data.Rows(disk.store(range(20)), "x", "0")
-        tasks._draw_share(train, size, seed)
-        assert f"{len(train.rows)} of 20" in train.notes[-1]
+        tasks._draw_share(train, size, limit, seed)
+        assert f"{len(train.rows)} of {limit or 20}" in train.notes[-1]
         return list(train.rows)
 
     assert [len(share(size, 1)) for size in (0.01, 0.25, 0.5)] == [1, 5, 10]
     assert share(0.5, 1)[:5] == share(0.25, 1) and share(0.5, 1) != share(0.5, 2)
     assert sorted(share(0.5, 1)) != list(range(10))  # drawn, not the first ones
+    assert len(share(0.5, 1, limit=8)) == 4 and max(share(0.5, 1, limit=8)) < 8  # --max_train_samples: of the rows that are trained on
 
 
 # Budgets

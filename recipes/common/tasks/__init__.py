@@ -231,9 +231,12 @@ def _plan_steps(task: Task, tokens: int, training) -> None:
     task.report["steps_an_epoch"] = task.steps
 
 
-def _draw_share(train: data.Rows, share: float, seed: int) -> None:
-    """Leave `share` of the train rows, the first ones of an order drawn with `seed`: so each share is part of every larger one."""
-    order = list(range(len(train.rows)))
+def _draw_share(train: data.Rows, share: float, limit: int | None, seed: int) -> None:
+    """Leave `share` of the train rows, the first ones of an order drawn with `seed`: so each share is part of every larger one.
+
+    Of the first `limit` rows, --max_train_samples, where there is one: a share of more rows than are trained on would be no smaller.
+    """
+    order = list(range(len(train.rows[:limit])))
     random.Random(seed).shuffle(order)
     chosen = order[: max(1, round(share * len(order)))]
     train.rows = train.rows.take(chosen)
@@ -268,7 +271,7 @@ def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) ->
         splits |= {"old": found["dev"]}
     facts = kind.facts(splits["train"].rows, shared)
     if shared.train_fraction < 1:
-        _draw_share(splits["train"], shared.train_fraction, seed)
+        _draw_share(splits["train"], shared.train_fraction, shared.max_train_samples, seed)
     return _Rows(splits, replayed, facts, read)
 
 
