@@ -188,7 +188,7 @@ def free_port() -> int:
 def test_a_group_that_stays_incomplete_ends_in_time(environ):
     port = free_port()
     environ(**GROUP | {"WORLD_SIZE": "12", "RANK": "0", "MASTER_PORT": str(port)})
-    with pytest.raises(UserError, match=f"of 12 processes, RANK 1, 2, 3, 4, 5, 6, 7, 8 and 3 more did not come to localhost:{port} within 0"):
+    with pytest.raises(UserError, match=f"of 12 processes, RANK 1, 2, .* 7, 8 and 3 more did not come to localhost:{port} within 0"):
         args.meet(0)
     environ(WORLD_SIZE="2", RANK="1")
     with pytest.raises(UserError, match=r"RANK 0 does not answer at localhost:\d+ \(.*; it was waited for 0 s\)"):

@@ -475,8 +475,8 @@ def check_launch() -> None:
     """Raise `UserError` where the environment says that several processes were started which can't form a group, so that each would train
     alone and write into the same folder, or wait for ever. Loads nothing."""
     environ, launched = os.environ, {name: os.environ[name] for name in MEETING if name in os.environ}
-    right = (f"start them with `accelerate launch --config_file recipes/accelerate/cpu_processes.yaml scripts/train.py ...` (GPUs: ddp.yaml),"
-             f" or `torchrun --nproc_per_node 2 scripts/train.py ...`; on Slurm {SLURM}")
+    right = ("start them with `accelerate launch --config_file recipes/accelerate/cpu_processes.yaml scripts/train.py ...` (GPUs: ddp.yaml) "
+             f"or `torchrun --nproc_per_node 2 scripts/train.py ...`; on Slurm {SLURM}")
     tasks = max((_count_of(name) for name in TASKS if name in environ), default=_count_of("SLURM_NTASKS"))
     if _count_of("WORLD_SIZE") == 1 and "LOCAL_RANK" not in launched and _count_of("RANK", 0, 0) == 0:
         if tasks > 1:

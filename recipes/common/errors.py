@@ -4,6 +4,7 @@ import sys
 import traceback
 
 from recipes.common import processes
+from recipes.common.redaction import redacted
 
 
 class UserError(Exception):
@@ -26,11 +27,8 @@ def _tell(kind, value, trace) -> None:
         text = ("error: another process of this run ended or can't be reached; if it met an error, that is shown too "
                 "(a training goes on from its last checkpoint with --resume_from_checkpoint)")
     else:
-        text = None
-    if not processes.first_to_tell(text or "".join(traceback.format_exception(kind, value, trace))):
+        text = "".join(traceback.format_exception(kind, value, trace))
+    if not processes.first_to_tell(text):
         return
-    if text is None:
-        # Not the hook before this one: that may be this one too, where a script runs a recipe, and it would tell nothing a second time.
-        sys.__excepthook__(kind, value, trace)
-    else:
-        print(text, file=sys.stderr, flush=True)
+    # No hook that was there before this one is asked: it may be this one too, where a script runs a recipe, and would tell nothing.
+    print(redacted(text), file=sys.stderr, flush=True)

@@ -100,8 +100,8 @@ def all_there(seconds: int) -> str | None:
     address, port, end = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), time.monotonic() + seconds
     while rank() and (silent := _silent(address, port)):  # torch would wait as well, and print stacks of C++ meanwhile
         if time.monotonic() > end:
-            return (f"RANK 0 does not answer at {address}:{port} ({silent}; it was waited for {seconds} s): start one process for each RANK "
-                    f"from 0 to {count() - 1}, with a MASTER_ADDR that all can reach")
+            return (f"RANK 0 does not answer at {address}:{port} ({silent}; it was waited for {seconds} s): start one process for each "
+                    f"RANK from 0 to {count() - 1}, with a MASTER_ADDR that all can reach")
         time.sleep(0.2)
     from torch.distributed import TCPStore
 
