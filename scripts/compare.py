@@ -42,6 +42,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors
 from recipes.common.errors import UserError
+from recipes.common.redaction import redacted
 from recipes.common.search import file_of, recipe_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +112,7 @@ def main():
     record = collect(plan, chosen, grid, results, base_with, out)
     from recipes.common import comparison, report, runs
 
+    record = redacted(record)
     runs.write_json(out / "compare.json", record)
     (out / "compare.md").write_text(comparison.markdown(record), encoding="utf-8")
     (out / "report.html").write_text(report.render_comparison(runs.visible(record)), encoding="utf-8")
@@ -245,7 +248,7 @@ def understood(name: str, module, flags: list[str]):
 
 def begin(out: Path, plan) -> None:
     """Make the folder, or find that it holds this comparison. Raises `UserError` for one of other flags."""
-    now = {"flags": plan.common, "hardware": plan.options.hardware, "recipes": plan.hashes}
+    now = {"flags": redacted(plan.common), "hardware": plan.options.hardware, "recipes": plan.hashes}
     path = out / "plan.json"
     if path.is_file():
         then = json.loads(path.read_text(encoding="utf-8"))
@@ -270,13 +273,15 @@ CHILDREN = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
 def call(command: list[str], log: Path) -> int:
     """Run a command of this project, its output into `log`; its exit status."""
     with log.open("w", encoding="utf-8") as file:
-        file.write(" ".join(command) + "\n")
+        file.write(shlex.join(command) + "\n")
         file.flush()
         path = os.pathsep.join(filter(None, [str(ROOT), CHILDREN.get("PYTHONPATH")]))
         try:
             return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=CHILDREN | {"PYTHONPATH": path}).returncode
         except KeyboardInterrupt:
             raise UserError("interrupted; the same command goes on from here") from None
+        finally:  # accelerate launch repeats the whole command when it fails
+            log.write_text(redacted(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
 
 
 def last_words(log: Path) -> str:

@@ -36,8 +36,10 @@ READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "sourc
 def main():
     errors.install()
     options = parse()
+    args.check_launch()
     from recipes.common import comparison, evaluation, models, runs, tasks
 
+    args.meet()
     processes.meet()
     run, *others = map(Path, options.run)
     record = models.read_record(run)

@@ -18,7 +18,7 @@ from test_cli import call
 from test_methods import run_recipe
 from transformers import TrainerCallback
 
-from recipes.common import args, checkpoints, runs
+from recipes.common import args, checkpoints
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer
 
@@ -375,27 +375,3 @@ def test_full_determinism_gives_equal_weights(tiny, data, tmp_path):
 
 
 # Secrets
-
-
-def test_no_secret_reaches_the_run_folder(tiny, data, tmp_path, monkeypatch):
-    token, key = "hf_" + "aB3" * 10, "a-key-of-no-known-shape"
-    monkeypatch.setenv("MY_SERVICE_API_KEY", key)
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "command", lambda world_size: f"python recipes/lora.py --hub_token {token} --run_name {key}")
-        run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--hub_token", token, "--run_name", key)
-        raise SystemExit
-    for path in (tmp_path / "run").rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            assert token.encode() not in content and key.encode() not in content, path
-    assert "--hub_token <secret>" in (tmp_path / "run/run.json").read_text(encoding="utf-8")
-    assert not list((tmp_path / "run").rglob("*.bin"))
-
-
-@pytest.mark.parametrize(("text", "shown"), [
-    ("--push_to_hub_token=abc", "--push_to_hub_token=<secret>"), ("http://me:pw@host/x", "http://me:<secret>@host/x"),
-    ("ghp_" + "x" * 20, "<secret>"), ("data/customer_service", "data/customer_service"),
-    ("hf_internal_testing/tiny-gpt2", "hf_internal_testing/tiny-gpt2"),
-])
-def test_what_looks_like_a_secret_is_hidden(text, shown):
-    assert runs.without_secrets({"a": [text]}) == {"a": [shown]}

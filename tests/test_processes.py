@@ -138,7 +138,8 @@ def train(end):
     for _ in range(20):
         torch.distributed.all_reduce(torch.ones(1000))
     if end == "in an error":
-        raise errors.UserError(end)
+        errors.install()  # as a script and its recipe both do
+        raise RuntimeError("error: " + end)  # a bug of ours, whose traceback must not be swallowed
 
 train(sys.argv[1])
 """
@@ -150,7 +151,7 @@ def test_a_process_that_has_just_exchanged_ends_well(end, code, tmp_path):
     (tmp_path / "exchange.py").write_text(EXCHANGE, encoding="utf-8")
     result = shell(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "exchange.py", end,
                    OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    assert result.code == code and result.err.count(f"error: {end}") == code and "terminate" not in result.err, result.err
+    assert result.code == code and result.err.count(f"RuntimeError: error: {end}") == code and "terminate" not in result.err, result.err
     assert result.out.split("\n")[0] == "0 threads of gloo", result.out
 
 

@@ -31,7 +31,9 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 # finds out below whether it closes a circle.
 MAY_IMPORT = {
     "processes": set(),
-    "errors": {"processes"},
+    "errors": {"processes", "redaction"},
+    "redaction": set(),
+    "curves": {"redaction"},
     "metrics": set(),
     "bottleneck": set(),
     "fast_lora": set(),
@@ -73,9 +75,9 @@ MAY_IMPORT = {
     "faults": {"checkpoints", "errors"},
     "scoring": {"cpu_attention", "errors", "faults", "losses", "metrics", "processes"},
     "trained": {"errors"},
-    "trainer": {"batches", "checkpoints", "compilation", "cpu_attention", "dev_answers", "errors", "faults", "losses", "regularize",
-                "scoring", "trained"},
-    "runs": {"checkpoints", "errors", "model_card", "report"},
+    "trainer": {"batches", "checkpoints", "compilation", "cpu_attention", "curves", "dev_answers", "errors", "faults", "losses", "redaction",
+                "regularize", "scoring", "trained"},
+    "runs": {"checkpoints", "errors", "model_card", "redaction", "report"},
     "scratch": {"errors", "models"},
     "streaming": {"data", "encoding", "errors", "formats"},
     "tasks": {"args", "batches", "chat", "data", "disk", "doctor", "encoding", "errors", "evaluation", "generation", "head_start",

@@ -207,6 +207,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
             shown = title.format(name if isinstance(name, str) else " or ".join(name))
             add_fields(parser.add_argument_group(shown), SharedArguments, lambda f, k=kind, n=name: f.metadata.get(k) == n)
     known, rest = parser.parse_known_args(argv)
+    check_launch()
 
     shared = SharedArguments(**{f.name: getattr(known, f.name) for f in fields(SharedArguments)})
     method = method_class(**{f.name: getattr(known, f.name) for f in fields(method_class)})
@@ -357,6 +358,11 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         hint = f"did you mean {near[0]}?" if near else "--help and --help_trainer list the flags"
         raise UserError(f"unknown flag {unknown[0]}: {hint}")
     values = {f.name: getattr(namespace, f.name) for f in fields(TrainingArguments) if f.init}
+    gpus, local = torch.accelerator.device_count(), _count_of("LOCAL_RANK", 0, 0)
+    if gpus and local >= gpus and not values["use_cpu"]:
+        raise UserError(f"LOCAL_RANK={local}, and this machine has {gpus} GPU{'s' if gpus > 1 else ''}: start one process a GPU "
+                        f"(--nproc_per_node {gpus}), or one task a GPU with `srun --ntasks-per-node {gpus}`")
+    meet(values["ddp_timeout"] if "ddp_timeout" in given else COME_WITHIN)
     try:
         training = TrainingArguments(**values | {name: value for name, value in defaults.items() if name not in given})
         get_reporting_integration_callbacks(training.report_to)
@@ -471,18 +477,71 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: start one per GPU with `accelerate launch --config_file "
                         "recipes/accelerate/ddp.yaml scripts/train.py ...`, or choose one with CUDA_VISIBLE_DEVICES=0")
-    check_group(training.world_size, training.device.type)
+    check_group(training.world_size, training.device.type, "--use_cpu" in _flags(argv))
 
 
-def check_group(world_size: int, device: str) -> None:
-    """Raise `UserError` where several processes were asked for and this one is alone (`world_size` 1): each would train for itself."""
-    launched = processes.count()
-    # accelerate launch sets the address for several processes even where it then starts a single one.
-    single = "MASTER_ADDR" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
-    if world_size > 1 or not (launched > 1 or single):
+SLURM = "use recipes/slurm/train.sbatch, or `srun -n 1` for a single process"
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # how many srun or mpirun started
+MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch finds a group by
+COME_WITHIN = 300  # seconds from the first process to the last, unless --ddp_timeout is given
+
+
+def check_launch() -> None:
+    """Raise `UserError` where the environment says that several processes were started which can't form a group, so that each would train
+    alone and write into the same folder, or wait for ever. Loads nothing."""
+    environ, launched = os.environ, {name: os.environ[name] for name in MEETING if name in os.environ}
+    right = ("start them with `accelerate launch --config_file recipes/accelerate/cpu_processes.yaml scripts/train.py ...` (GPUs: ddp.yaml) "
+             f"or `torchrun --nproc_per_node 2 scripts/train.py ...`; on Slurm {SLURM}")
+    tasks = max((_count_of(name) for name in TASKS if name in environ), default=_count_of("SLURM_NTASKS"))
+    if _count_of("WORLD_SIZE") == 1 and "LOCAL_RANK" not in launched and _count_of("RANK", 0, 0) == 0:
+        if tasks > 1:
+            name = next((name for name in TASKS if _count_of(name) == tasks), "SLURM_NTASKS")
+            raise UserError(f"{tasks} processes were launched ({name}) that form no group, so each would train alone: {right}")
+        # accelerate launch sets the address for several processes even where it then starts a single one.
+        if "MASTER_ADDR" in environ and "ACCELERATE_MIXED_PRECISION" in environ:
+            raise UserError(f"accelerate launch was asked for several processes and started a single one: {right}")
         return
-    what = "accelerate launch was asked for several processes and started a single one"
-    if launched > 1:
-        what = f"{launched} processes were launched that form no group, so each would train alone"
-    raise UserError(f"{what}: use `accelerate launch --config_file recipes/accelerate/{'cpu_processes' if device == 'cpu' else 'ddp'}.yaml "
-                    f"scripts/train.py ...`, or `torchrun --nproc_per_node {max(2, launched)} scripts/train.py ...`")
+    size = _count_of("WORLD_SIZE")
+    if missing := [name for name in MEETING if name not in launched]:
+        raise UserError(f"this process was launched as one of several ({', '.join(f'{n}={v}' for n, v in launched.items())}), but "
+                        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, so they form no group: {right}; a single "
+                        f"process needs none of these variables")
+    rank, local, here = _count_of("RANK", 0), _count_of("LOCAL_RANK", 0), _count_of("LOCAL_WORLD_SIZE", 0, size)
+    if rank >= size or local >= here:
+        name, value, limit = ("RANK", rank, size) if rank >= size else ("LOCAL_RANK", local, here)
+        raise UserError(f"{name}={value}, where {limit} {'processes were' if limit > 1 else 'process was'} announced: it counts from 0 to "
+                        f"{limit - 1}; {right}")
+    _count_of("MASTER_PORT")
+    groups = _count_of("GROUP_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in environ else size
+    if max((_count_of(name) for name in TASKS if name in environ), default=1) > groups:
+        raise UserError(f"{tasks} tasks were started, but this process belongs to a group of {groups}, so several groups would each train "
+                        f"alone: give torchrun --nnodes {tasks} and one --rdzv_endpoint for all (README.md), or use "
+                        "recipes/slurm/train.sbatch")
+
+
+def _count_of(name: str, least: int = 1, default: int = 1) -> int:
+    """The number that an environment variable holds. Raises `UserError` if it holds anything else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} in the environment is not a whole number of at least {least}: unset it, or let torchrun set it")
+    return int(text)
+
+
+def meet(seconds: int = COME_WITHIN) -> None:
+    """Raise `UserError` unless all processes that were launched are there within so many seconds."""
+    if wrong := processes.all_there(seconds):
+        raise UserError(wrong)
+
+
+def check_group(world_size: int, device: str, use_cpu: bool) -> None:
+    """Raise `UserError` where the processes that were launched got no group, or not the devices that they were launched for."""
+    launched = processes.count()
+    if launched > 1 and world_size == 1:
+        raise UserError(f"{launched} processes were launched that form no group, so each would train alone: use `accelerate launch "
+                        f"--config_file recipes/accelerate/{'cpu_processes' if device == 'cpu' else 'ddp'}.yaml scripts/train.py ...`, or "
+                        f"`torchrun --nproc_per_node {launched} scripts/train.py ...`")
+    # On CPUs accelerate launch forms a group where its file asks for FSDP2 (cpu_processes.yaml).
+    for_gpus = "ACCELERATE_USE_FSDP" not in os.environ or os.environ.get("FSDP_VERSION") != "2"
+    if launched > 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and for_gpus and device == "cpu" and not use_cpu:
+        raise UserError("accelerate launch was asked for several GPUs, and there is none here: use --config_file "
+                        "recipes/accelerate/cpu_processes.yaml, or see with nvidia-smi why the GPUs are not found")

@@ -4,6 +4,7 @@ import sys
 import traceback
 
 from recipes.common import processes
+from recipes.common.redaction import redacted
 
 
 class UserError(Exception):
@@ -12,25 +13,22 @@ class UserError(Exception):
 
 def install() -> None:
     """Make an uncaught `UserError`, or Ctrl-C, print a sentence and no traceback. The exit status is 1, as for any uncaught error."""
-    previous = sys.excepthook
-
-    def hook(kind, value, trace):
-        if issubclass(kind, UserError):
-            text = f"error: {value}"
-        elif issubclass(kind, KeyboardInterrupt):
-            text = "\ninterrupted (a training goes on from its last checkpoint with --resume_from_checkpoint)"
-        elif processes.lost(value):
-            text = ("error: another process of this run ended or can't be reached; if it met an error, that is shown too "
-                    "(a training goes on from its last checkpoint with --resume_from_checkpoint)")
-        else:
-            text = None
-        if not processes.first_to_tell(text or "".join(traceback.format_exception(kind, value, trace))):
-            return
-        if text is None:
-            previous(kind, value, trace)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     processes.quiet()
     processes.part_at_exit()
-    sys.excepthook = hook
+    sys.excepthook = _tell
+
+
+def _tell(kind, value, trace) -> None:
+    if issubclass(kind, UserError):
+        text = f"error: {value}"
+    elif issubclass(kind, KeyboardInterrupt):
+        text = "\ninterrupted (a training goes on from its last checkpoint with --resume_from_checkpoint)"
+    elif processes.lost(value):
+        text = ("error: another process of this run ended or can't be reached; if it met an error, that is shown too "
+                "(a training goes on from its last checkpoint with --resume_from_checkpoint)")
+    else:
+        text = "".join(traceback.format_exception(kind, value, trace))
+    if not processes.first_to_tell(text):
+        return
+    # No hook that was there before this one is asked: it may be this one too, where a script runs a recipe, and would tell nothing.
+    print(redacted(text), file=sys.stderr, flush=True)

@@ -9,23 +9,31 @@ import gc
 import hashlib
 import os
 import re
+import socket
 import sys
 import time
 import warnings
 from datetime import timedelta
 
 PATIENCE = 5  # seconds
+NAMED = 8  # ranks that a sentence names
 LOST = re.compile(r"gloo|NCCL|Connection (?:closed|reset)|Socket Timeout|Broken pipe", re.I)
+_kept = []  # the store of the meeting, which must live as long as the process
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def count() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default  # args.check_launch refuses anything else
 
 
 def quiet() -> None:
@@ -80,6 +88,49 @@ def first_to_tell(sentence: str) -> bool:
 def lost(error: BaseException) -> bool:
     """Whether `error` only says that another process of the group is gone."""
     return count() > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def all_there(seconds: int) -> str | None:
+    """Wait until every rank has come to the meeting place (MASTER_ADDR, MASTER_PORT), and say what is wrong if that can't be.
+
+    Left alone, torch would wait for half an hour, and then name no rank. torchrun and accelerate launch see to it themselves.
+    """
+    if count() == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    address, port, end = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), time.monotonic() + seconds
+    while rank() and (silent := _silent(address, port)):  # torch would wait as well, and print stacks of C++ meanwhile
+        if time.monotonic() > end:
+            return (f"RANK 0 does not answer at {address}:{port} ({silent}; it was waited for {seconds} s): start one process for each "
+                    f"RANK from 0 to {count() - 1}, with a MASTER_ADDR that all can reach")
+        time.sleep(0.2)
+    from torch.distributed import TCPStore
+
+    try:
+        store = TCPStore(address, port, is_master=rank() == 0, wait_for_workers=False, multi_tenant=True)  # torch's own will be this one
+    except RuntimeError:
+        return f"{address}:{port} is taken, by another run or by a second process with RANK 0: set another MASTER_PORT"
+    own = f"{socket.gethostname()}, process {os.getpid()}"
+    twin = store.compare_set(f"here/{rank()}", "", own).decode()
+    if twin != own:
+        return f"two processes call themselves RANK {rank()} ({twin} and {own}): number them from 0 to {count() - 1}"
+    missing = list(range(count()))
+    while missing := [other for other in missing if not store.check([f"here/{other}"])]:
+        if time.monotonic() > end:
+            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+            return (f"of {count()} processes, RANK {', '.join(map(str, missing[:NAMED]))}{more} did not come to {address}:{port} within "
+                    f"{seconds} s: start one for each RANK")
+        time.sleep(0.2)
+    _kept.append(store)
+    return None
+
+
+def _silent(address: str, port: int) -> str | None:
+    """Why nobody answers at this address, or None if somebody does."""
+    try:
+        socket.create_connection((address, port), timeout=PATIENCE).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def meet() -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
 import sys
@@ -19,13 +18,9 @@ from transformers import enable_full_determinism, set_seed
 
 from recipes.common import checkpoints, model_card, report
 from recipes.common.errors import UserError
+from recipes.common.redaction import redacted
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
-# Names of environment variables that hold secrets; and tokens as the Hub, GitHub, OpenAI, AWS and others shape them, what follows a flag
-# --..._token, and a password in an address.
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.I)
-SECRET = re.compile(r"(--\w*_token[= ]|://[^/\s:@]+:(?=[^/\s@]+@))[^\s@]+"
-                    r"|\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})")
 SPEED = ("_runtime", "_per_second")  # what the Trainer adds to the scores of an evaluation
 
 
@@ -181,7 +176,7 @@ def numbers_in(parameter) -> int:
 def write(folder: Path, record: dict) -> None:
     """Write run.json, whole or not at all, and the report and the model card that are made from it. NaN stays visible, as a string;
     secrets don't."""
-    record = without_secrets(record)
+    record = redacted(record)
     write_json(folder / "run.json", record)
     library = "peft" if (folder / "adapter_config.json").is_file() else "transformers"
     (folder / "MODEL_CARD.md").write_text(model_card.render(visible(record), library), encoding="utf-8")
@@ -189,9 +184,9 @@ def write(folder: Path, record: dict) -> None:
 
 
 def write_json(path: Path, record: dict) -> None:
-    """Write `record` to `path`, whole or not at all. NaN and infinities become strings."""
+    """Write `record` to `path`, whole or not at all. NaN and infinities become strings; secrets don't get in."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(visible(redacted(record)), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -220,20 +215,6 @@ def hardware() -> dict:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"gpus": names, "cpu_cores": os.cpu_count(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "platform": platform.platform()}
-
-
-def without_secrets(value):
-    """`value` with every token or key replaced: what looks like one, and what the environment holds under a name that says so."""
-    if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    for name, secret in os.environ.items():
-        if SECRET_NAME.search(name) and len(secret) >= 8:
-            value = value.replace(secret, f"<{name}>")
-    return SECRET.sub(lambda found: f"{found[1] or ''}<secret>", value)
 
 
 def visible(value):

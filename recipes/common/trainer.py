@@ -26,12 +26,14 @@ from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_flash_attn_2_available
 
-from recipes.common import batches, checkpoints, compilation, cpu_attention, dev_answers, faults, losses, regularize, trained
+from recipes.common import batches, checkpoints, compilation, cpu_attention, curves, dev_answers, faults, losses, regularize, trained
 from recipes.common.errors import UserError
+from recipes.common.redaction import redacted
 from recipes.common.scoring import mean_loss
 
 
@@ -43,6 +45,8 @@ class RecipeTrainer(Trainer):
         self.watch, self.method = faults.Watch(self, shared.on_nan), method
         self.stage, self.allowed = None, []  # where a checkpoint is being written; what differs from the run that is resumed
         callbacks = [*callbacks, self.watch]
+        if "tensorboard" in args.report_to:
+            callbacks.append(curves.Curves(self.watch.tell))
         if shared.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
         if task.old is not None:
@@ -63,6 +67,7 @@ class RecipeTrainer(Trainer):
             self.adversary = regularize.Adversary(reader.get_input_embeddings(), shared.adversarial_epsilon,
                                                   steps=3 if shared.adversarial == "pgd" else 1)
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
+        self.remove_callback(TensorBoardCallback)  # curves.py is in its place
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
         # A prefix is put before a row, not before each of several in one; adversarial embeddings are measured row by row.
@@ -276,7 +281,7 @@ class RecipeTrainer(Trainer):
             trained.save(self.model, folder)
 
     def _asked(self) -> dict:
-        return checkpoints.asked_for(self.task, asdict(self.shared), asdict(self.method) if self.method else {}, self.args)
+        return redacted(checkpoints.asked_for(self.task, asdict(self.shared), asdict(self.method) if self.method else {}, self.args))
 
     def _get_output_dir(self, trial=None):
         return str(self.stage or super()._get_output_dir(trial))
