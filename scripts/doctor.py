@@ -18,6 +18,7 @@ Exit status: 0; 1 with --strict if there is a warning; 2 for an error: a row or 
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -35,6 +36,8 @@ LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatev
 WHOLE = 10**9   # a --max_length that shortens nothing
 SHOWN = 10      # refused rows of a file on the screen
 UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
+ESCAPES = re.compile(r"\\[nrt]")
+CUT = re.compile(r"[\w@.+ -]*[0-9@][\w@.+ -]*\.\.\.(?=['\"])", re.A)  # where a quotation (shapes.short) ends in a number or an address
 
 
 @dataclass
@@ -85,16 +88,57 @@ def parse(argv: list[str]):
         raise UserError(f"--dev_fraction {options.dev_fraction} is no share: use a number between 0 and 1, such as 0.1")
     if not 0.1 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold:g}: use a number from 0.1 to 1")
-    if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
-        raise UserError(f"--json {options.json}: name a file in a folder that exists")
-    if options.mask_pii and Path(options.mask_pii).exists():
-        raise UserError(f"--mask_pii {options.mask_pii} exists already: name another")
+    for flag, out in (("--json", options.json), ("--mask_pii", options.mask_pii)):
+        if out:
+            check_out(Path(out), flag)
+    if options.json and options.mask_pii and Path(options.json).absolute() == Path(options.mask_pii).absolute():
+        raise UserError(f"--json and --mask_pii both name {options.json}: name two files")
     if options.mask_pii and len(options.data) > 1:
         raise UserError("--mask_pii copies one source: run it for each --data by itself")
     if options.mask_pii and Path(options.data[0]).is_file() and not options.mask_pii.endswith(".jsonl"):
         raise UserError(f"--mask_pii {options.mask_pii}: the copy of a file is JSON Lines, so name a .jsonl file")
     options.colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
     return options
+
+
+def check_out(out: Path, flag: str) -> None:
+    """Raise `UserError` unless a new file or folder can be written under this name; an older file of findings may be replaced."""
+    try:
+        if flag == "--json" and out.exists() and not out.is_file():
+            raise UserError(f"--json {out} is there already and is no file: name a file")
+        if flag == "--mask_pii" and out.exists():
+            raise UserError(f"--mask_pii {out} exists already: name another")
+        if flag == "--json" and not out.absolute().parent.is_dir():
+            raise UserError(f"--json {out}: name a file in a folder that exists")
+        tempfile.TemporaryFile(dir=next(folder for folder in out.absolute().parents if folder.exists())).close()
+    except OSError as error:
+        raise UserError(f"{flag} {out} can't be written ({error.strerror}): name another") from error
+
+
+def check_none_of_data(out: Path, found: list[dict]) -> None:
+    """Raise `UserError` if --json would replace a file of the data, or would be taken for one in their folder."""
+    from recipes.common import data, formats
+
+    files = [file for files in found for file in files.values() if isinstance(file, Path)]
+    if any(out.exists() and out.samefile(file) for file in files):
+        raise UserError(f"--json {out} is a file of --data, and would replace it: name another")
+    split = next((split for split, names in data.SPLITS.items() if out.name.lower().partition(".")[0] in names), None)
+    if split and formats.suggested(out) and any(file.parent.samefile(out.absolute().parent) for file in files):
+        raise UserError(f"--json {out} would be taken for {split} rows in the folder of --data: name another")
+
+
+def private(record):
+    """A record for --json without the personal data of the rows that it quotes: in the complaints about them, and as labels."""
+    from recipes.common import pii
+
+    if isinstance(record, str):
+        # What is quoted is written with escapes, and cut: "\n13812345678" begins with no letter n, and half a number is still one.
+        return CUT.sub("...", pii.mask_texts([ESCAPES.sub(" ", record)])[0][0])
+    if isinstance(record, dict):
+        kept = ("row", "of_row", "rows", "groups")  # numbers, with the file's name if there are several
+        return {name: value if name in kept else private(value)
+                for name, value in zip(pii.mask_texts(record)[0], record.values(), strict=True)}
+    return [private(entry) for entry in record] if isinstance(record, list) else record
 
 
 def examine(options) -> int:
@@ -104,6 +148,8 @@ def examine(options) -> int:
     shared, kind = options.shared, tasks.module(options.task)
     renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
     found = [data.find(source.name) for source in sources]
+    if options.json:
+        check_none_of_data(Path(options.json), found)
     model = models.resolve(shared.model, shared.fallback_model, weights=False)
     tasks.check_cell(shared.task, model, args.Method())
     sources = [{split: read(file, kind.check(shared), shared.columns, renames) for split, file in files.items()} for files in found]
@@ -134,8 +180,8 @@ def examine(options) -> int:
     if options.json:
         record = {"data": shared.data, "task": shared.task, "model": model.used, "exit_status": status, "files": [
             {"name": part.name, "split": split, "read": len(part.rows) + len(part.refused), "kept": len(part.rows),
-             "refused": part.refused, "notes": part.notes, "broken": part.broken} for split, part in files],
-            **summary, "findings": doctor.as_json(findings)}
+             **private({"refused": part.refused, "notes": part.notes, "broken": part.broken})} for split, part in files],
+            **private({**summary, "findings": doctor.as_json(findings)})}
         write(Path(options.json), "--json", lambda path: path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8"))
         print(f"wrote {options.json}")
     return status

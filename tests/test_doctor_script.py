@@ -373,6 +373,58 @@ def test_nothing_is_overwritten(doctor, write_jsonl, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "there.jsonl", "train.jsonl"]
 
 
+# --json
+
+
+def test_findings_never_replace_the_data(doctor, write_jsonl, tmp_path):
+    path, other = write_jsonl(DIALOGUES, "shop/train.jsonl"), write_jsonl(DIALOGUES, "shop/more.jsonl")
+    before = path.read_bytes()
+    (tmp_path / "link.json").symlink_to(path)
+    for out in (path, tmp_path / "shop" / "." / "train.jsonl", tmp_path / "link.json"):
+        for data_ in (path, tmp_path / "shop"):
+            status, printed = doctor("--data", data_, "--json", out)
+            assert status == 2 and printed == f"error: --json {out} is a file of --data, and would replace it: name another\n"
+    status, printed = doctor("--data", tmp_path / "shop", "--json", tmp_path / "shop" / "dev.json")
+    assert status == 2 and "would be taken for dev rows" in printed
+    assert path.read_bytes() == before and sorted(path.parent.iterdir()) == sorted([path, other])
+    assert doctor("--data", tmp_path / "shop", "--json", tmp_path / "shop" / "findings.json")[0] == 0
+    assert doctor("--data", tmp_path / "shop", "--json", tmp_path / "shop" / "findings.json")[0] == 0, "older findings may be replaced"
+
+
+@pytest.mark.parametrize("flag", ["--json", "--mask_pii"])
+def test_a_name_that_cannot_be_written_is_refused_before_anything_is_read(flag, doctor, write_jsonl, tmp_path, monkeypatch):
+    path = write_jsonl(DIALOGUES)
+    (tmp_path / "folder").mkdir()
+
+    def full(dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "read", None)
+    for out in ("folder", "train.jsonl/new.jsonl", "n" * 300 + ".jsonl", "/dev/null"):
+        status, printed = doctor("--data", path, flag, tmp_path / out)
+        assert status == 2 and printed.startswith(f"error: {flag} {tmp_path / out}") and printed.count("\n") == 1
+    monkeypatch.setattr(script.tempfile, "TemporaryFile", full)
+    status, printed = doctor("--data", path, flag, tmp_path / "new.jsonl")
+    assert status == 2 and printed == f"error: {flag} {tmp_path / 'new.jsonl'} can't be written (No space left on device): name another\n"
+    assert doctor("--data", path, "--json", tmp_path / "x.jsonl", "--mask_pii", tmp_path / "x.jsonl")[0] == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "train.jsonl"]
+
+
+def test_findings_hold_no_personal_data(doctor, write_jsonl, tmp_path):
+    phone, mail = "13812345678", "jo@example.com"
+    texts = [f"I am {mail}", "My\n" + phone, "4111 1111 1111 1111", f"{'x' * 45} {phone}", f"{'好' * 50}{phone}", f"{'x ' * 25}{mail}"]
+    bad = [[text, {"role": text}, {"messages": text}, {"messages": [text]}, {"messages": [{"role": text, "content": "x"}]},
+            {"messages": [{"role": "user", "content": [text]}]}, {text: 1}, '{"a": "' + text] for text in texts]
+    doctor("--data", write_jsonl([*DIALOGUES, *sum(bad, [])]), "--json", tmp_path / "chat.json")
+    labels = [{"text": f"Question {i}", "label": text} for i, text in enumerate([mail, phone] * 6)] + [{"text": "x", "label": [phone]}]
+    doctor("--data", write_jsonl(labels), "--task", "classify", "--json", tmp_path / "classify.json")
+    for name, kinds in (("chat.json", ("EMAIL", "PHONE", "BANK_CARD")), ("classify.json", ("EMAIL", "PHONE"))):
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        for secret in (phone, phone[:7], mail, mail[:5], "4111"):
+            assert secret not in written, re.findall(f".*{re.escape(secret)}.*", written)
+        assert all(f"[{kind}_1]" in written for kind in kinds)
+
+
 # Flags
 
 
