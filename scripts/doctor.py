@@ -12,17 +12,23 @@ those that the training holds out.
 --show N prints rows as the model reads them, with what it is trained on in green, or in ⟦brackets⟧. --mask_pii OUT writes a copy in which
 a placeholder such as [PHONE_1] stands for personal data, the same one for the same value throughout a row.
 
-Exit status: 0; 1 with --strict if there is a warning; 2 for an error: a row or file that stops the training, rows in two splits.
+Exit status: 0; 1 with --strict if there is a warning; 2 for an error, which is what would stop the training, or this examination.
 """
 
 import argparse
+import functools
 import json
+import operator
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+import numpy as np
 
 # Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -35,6 +41,8 @@ LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatev
 WHOLE = 10**9   # a --max_length that shortens nothing
 SHOWN = 10      # refused rows of a file on the screen
 UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
+ESCAPES = re.compile(r"\\[nrt]")
+CUT = re.compile(r"[\w@.+ -]*[0-9@][\w@.+ -]*\.\.\.(?=['\"])", re.A)  # where a quotation (shapes.short) ends in a number or an address
 
 
 @dataclass
@@ -42,7 +50,7 @@ class Part:
     """A file of a source, or what was held out of it, with the numbers of its rows."""
 
     name: str
-    rows: list[dict] = field(default_factory=list)
+    rows: Sequence[dict] = ()  # on disk (disk.Stored)
     numbers: list[int] = field(default_factory=list)
     refused: list[dict] = field(default_factory=list)  # {"row", "line" if it differs, "wrong"}
     notes: list[str] = field(default_factory=list)
@@ -85,16 +93,57 @@ def parse(argv: list[str]):
         raise UserError(f"--dev_fraction {options.dev_fraction} is no share: use a number between 0 and 1, such as 0.1")
     if not 0.1 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold:g}: use a number from 0.1 to 1")
-    if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
-        raise UserError(f"--json {options.json}: name a file in a folder that exists")
-    if options.mask_pii and Path(options.mask_pii).exists():
-        raise UserError(f"--mask_pii {options.mask_pii} exists already: name another")
+    for flag, out in (("--json", options.json), ("--mask_pii", options.mask_pii)):
+        if out:
+            check_out(Path(out), flag)
+    if options.json and options.mask_pii and Path(options.json).absolute() == Path(options.mask_pii).absolute():
+        raise UserError(f"--json and --mask_pii both name {options.json}: name two files")
     if options.mask_pii and len(options.data) > 1:
         raise UserError("--mask_pii copies one source: run it for each --data by itself")
     if options.mask_pii and Path(options.data[0]).is_file() and not options.mask_pii.endswith(".jsonl"):
         raise UserError(f"--mask_pii {options.mask_pii}: the copy of a file is JSON Lines, so name a .jsonl file")
     options.colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
     return options
+
+
+def check_out(out: Path, flag: str) -> None:
+    """Raise `UserError` unless a new file or folder can be written under this name; an older file of findings may be replaced."""
+    try:
+        if flag == "--json" and out.exists() and not out.is_file():
+            raise UserError(f"--json {out} is there already and is no file: name a file")
+        if flag == "--mask_pii" and out.exists():
+            raise UserError(f"--mask_pii {out} exists already: name another")
+        if flag == "--json" and not out.absolute().parent.is_dir():
+            raise UserError(f"--json {out}: name a file in a folder that exists")
+        tempfile.TemporaryFile(dir=next(folder for folder in out.absolute().parents if folder.exists())).close()
+    except OSError as error:
+        raise UserError(f"{flag} {out} can't be written ({error.strerror}): name another") from error
+
+
+def check_none_of_data(out: Path, found: list[dict]) -> None:
+    """Raise `UserError` if --json would replace a file of the data, or would be taken for one in their folder."""
+    from recipes.common import data, formats
+
+    files = [file for files in found for file in files.values() if isinstance(file, Path)]
+    if any(out.exists() and out.samefile(file) for file in files):
+        raise UserError(f"--json {out} is a file of --data, and would replace it: name another")
+    split = next((split for split, names in data.SPLITS.items() if out.name.lower().partition(".")[0] in names), None)
+    if split and formats.suggested(out) and any(file.parent.samefile(out.absolute().parent) for file in files):
+        raise UserError(f"--json {out} would be taken for {split} rows in the folder of --data: name another")
+
+
+def private(record):
+    """A record for --json without the personal data of the rows that it quotes: in the complaints about them, and as labels."""
+    from recipes.common import pii
+
+    if isinstance(record, str):
+        # What is quoted is written with escapes, and cut: "\n13812345678" begins with no letter n, and half a number is still one.
+        return CUT.sub("...", pii.mask_texts([ESCAPES.sub(" ", record)])[0][0])
+    if isinstance(record, dict):
+        kept = ("row", "of_row", "rows", "groups")  # numbers, with the file's name if there are several
+        return {name: value if name in kept else private(value)
+                for name, value in zip(pii.mask_texts(record)[0], record.values(), strict=True)}
+    return [private(entry) for entry in record] if isinstance(record, list) else record
 
 
 def examine(options) -> int:
@@ -104,12 +153,16 @@ def examine(options) -> int:
     shared, kind = options.shared, tasks.module(options.task)
     renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
     found = [data.find(source.name) for source in sources]
+    if options.json:
+        check_none_of_data(Path(options.json), found)
     model = models.resolve(shared.model, shared.fallback_model, weights=False)
     tasks.check_cell(shared.task, model, args.Method())
     sources = [{split: read(file, kind.check(shared), shared.columns, renames) for split, file in files.items()} for files in found]
     files = [(split, part) for source in sources for split, part in source.items()]
     findings = [finding for split, part in files for finding in tell(split, part, shared.on_bad_row)]
-    hold_out(sources, options)
+    findings += [doctor.Finding("error", "stops", f"the training would stop: {name} has no train file, such as train.jsonl", [], 0, "")
+                 for name, source in zip(shared.data, sources, strict=True) if "train" not in source]
+    findings += hold_out(sources, options)
     splits = {split: joined([source[split] for source in sources if split in source]) for split in data.SPLITS}
     splits = {split: part for split, part in splits.items() if part.rows}
     summary, task, encoded = {}, None, {}
@@ -117,7 +170,7 @@ def examine(options) -> int:
         task, encoded, more = tokenized(splits, shared, kind, model)
         findings += more
     except UserError as error:
-        findings.append(doctor.Finding("error", "stops", f"the training would stop: {error}", [], 0, ""))
+        findings.append(stops("", error))
     print(f"model: {model.used}, of which only the tokenizer is used\n")
     if encoded:
         summary, findings = doctor.examine({name: split.summary for name, split in encoded.items()}, task.max_length, options.threshold,
@@ -134,8 +187,8 @@ def examine(options) -> int:
     if options.json:
         record = {"data": shared.data, "task": shared.task, "model": model.used, "exit_status": status, "files": [
             {"name": part.name, "split": split, "read": len(part.rows) + len(part.refused), "kept": len(part.rows),
-             "refused": part.refused, "notes": part.notes, "broken": part.broken} for split, part in files],
-            **summary, "findings": doctor.as_json(findings)}
+             **private({"refused": part.refused, "notes": part.notes, "broken": part.broken})} for split, part in files],
+            **private({**summary, "findings": doctor.as_json(findings)})}
         write(Path(options.json), "--json", lambda path: path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8"))
         print(f"wrote {options.json}")
     return status
@@ -143,20 +196,24 @@ def examine(options) -> int:
 
 def read(file, check, columns: str | None, renames: dict) -> Part:
     """All rows of a file (a path, or a split of a Hub data set) that keep the column contract, and what is wrong with the others."""
-    from recipes.common import data, formats
+    from recipes.common import data, disk, formats
 
     part = Part(str(file) if isinstance(file, Path) else file.name)
-    try:
-        file = formats.identify(file, renames) if isinstance(file, Path) else file
-        part.notes += file.notes
-        for record in data.records(file, check, columns):
-            if record.wrong is None:
-                part.rows.append(record.row)
-                part.numbers.append(record.number)
-            else:
-                part.refused.append({"row": record.number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
-    except UserError as error:
-        part.broken = str(error)
+
+    def good() -> Iterator[dict]:
+        try:
+            known = formats.identify(file, renames) if isinstance(file, Path) else file
+            part.notes += known.notes
+            for record in data.records(known, check, columns):
+                if record.wrong is None:
+                    part.numbers.append(record.number)
+                    yield record.row
+                else:
+                    part.refused.append({"row": record.number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
+        except UserError as error:
+            part.broken = str(error)
+
+    part.rows = disk.store(good())
     return part
 
 
@@ -175,8 +232,9 @@ def tell(split: str, part: Part, on_bad_row: str) -> list:
     findings = []
     if part.broken:
         findings.append(Finding("error", "unreadable", f"1 file can't be read, or not to its end: {part.broken}", [], 1, split))
-    elif not kept + refused:
-        findings.append(Finding("error", "unreadable", f"0 rows are in {part.name}", [], 0, split))
+    elif not kept and (on_bad_row == "skip" or not refused):
+        usable = " that can be used" if refused else ""
+        findings.append(Finding("error", "unreadable", f"0 rows{usable} are in {part.name}, and the training would stop", [], 0, split))
     if refused:
         severity = "error" if on_bad_row == "stop" else "warning"
         findings.append(Finding(severity, "bad-row", f"{refused} of {kept + refused} rows in {part.name} break the column contract",
@@ -184,23 +242,28 @@ def tell(split: str, part: Part, on_bad_row: str) -> list:
     return findings
 
 
-def hold_out(sources: list[dict[str, Part]], options) -> None:
-    """Give a dev split to the sources that have none: the rows that the training holds out (data.load)."""
+def hold_out(sources: list[dict[str, Part]], options) -> list:
+    """Give a dev split to the sources that have none: the rows that the training holds out (data.load). Returns the findings."""
     from recipes.common import data
+    from recipes.common.doctor import Finding
 
-    without = [source for source in sources if "dev" not in source and "train" in source]
+    without = [source for source in sources if "dev" not in source and "train" in source]  # a source without train rows is told of
     size = sum(len(source["train"].rows) for source in without)
+    if size == 1 and without == sources:
+        return [Finding("error", "stops", f"the training would stop: {without[0]['train'].name} has one row that can be used, and needs at "
+                        "least two, as one is held out as dev", [], 1, "train")]
     if size < 2:
-        return
+        return []
     chosen, start = data.held_out(size, options.dev_fraction, options.seed), 0
     for source in without:
         train = source["train"]
         taken = [start + i in chosen for i in range(len(train.rows))]
         start += len(taken)
         source["dev"], source["train"] = (
-            Part(train.name, [row for row, out in zip(train.rows, taken, strict=True) if out is side],
+            Part(train.name, train.rows.take([i for i, out in enumerate(taken) if out is side]),
                  [number for number, out in zip(train.numbers, taken, strict=True) if out is side]) for side in (True, False))
     print(f"dev: {len(chosen):,} of the train rows are held out (--dev_fraction {options.dev_fraction:g}, --seed {options.seed})")
+    return []
 
 
 def joined(parts: list[Part]) -> Part:
@@ -208,7 +271,8 @@ def joined(parts: list[Part]) -> Part:
     parts = [part for part in parts if part.rows]
     if len(parts) == 1:
         return parts[0]
-    return Part("", [row for part in parts for row in part.rows], [f"{part.name}:{number}" for part in parts for number in part.numbers])
+    return Part("", functools.reduce(operator.add, (part.rows for part in parts)) if parts else (),
+                [f"{part.name}:{number}" for part in parts for number in part.numbers])
 
 
 @dataclass
@@ -216,19 +280,20 @@ class Encoded:
     """A split as the task reads it."""
 
     summary: object  # doctor.Split
-    items: list[dict]  # the task's rows
-    numbers: list[int | str]
-    features: list[dict | None]  # what is trained on; None for an item that is left out
-    lengths: list[int]
+    items: Sequence[dict]  # the task's rows, or of blocks of text one for each
+    numbers: Sequence[int | str]
+    features: object  # what is trained on: a datasets.Dataset, or None if there is nothing
+    at: Sequence[int]  # which of the features an item has; -1 for one that is left out
+    lengths: Sequence[int]
+    unit: str = "row"  # what `numbers` count
 
 
 def tokenized(splits: dict[str, Part], shared, kind, model) -> tuple[object, dict[str, Encoded], list]:
     """The task, what its own `encode` makes of each split, and findings. Raises `UserError` for what stops every training."""
     from recipes.common import tasks
 
-    items = {name: [kind.rows([row], shared) for row in part.rows] for name, part in splits.items()}
-    flat = {name: [item for own in rows for item in own] for name, rows in items.items()}
-    train = flat.get("train") or next(iter(flat.values()), [])  # without train rows, the others say which labels there are
+    items = {name: kind.rows(part.rows, shared) for name, part in splits.items()}
+    train = items.get("train") or next(iter(items.values()), [])  # without train rows, the others say which labels there are
     if not train:
         raise UserError("there is no row to train on")
     task = tasks.without_data(shared, model, train)
@@ -237,89 +302,182 @@ def tokenized(splits: dict[str, Part], shared, kind, model) -> tuple[object, dic
     whole = kind.make(replace(shared, max_length=WHOLE), model, task.tokenizer, kind.facts(train, shared))
     encoded, findings = {}, []
     for name, part in splits.items():
-        numbers = [number for number, own in zip(part.numbers, items[name], strict=True) for _ in own]
-        encoded[name], more = encode(name, flat[name], numbers, task, whole, shared.on_bad_row)
-        findings += more + flawed(name, encoded[name], part, task)
-        if any("messages" in row and "messages" not in item for row, own in zip(part.rows, items[name], strict=True) for item in own):
-            left = set(encoded[name].numbers)
-            rows = [(number, row) for number, row in zip(part.numbers, part.rows, strict=True) if number in left]
-            encoded[name].summary = replace(encoded[name].summary, rows=[row for _, row in rows], numbers=[number for number, _ in rows],
-                                            items=encoded[name].items, item_numbers=encoded[name].numbers, unit="labelled turns")
+        try:
+            if task.name == "pretrain":
+                encoded[name], more = encode_texts(name, items[name], part, task)
+            else:
+                encoded[name], more = encode(name, items[name], part, task, whole, shared)
+            findings += more
+        except UserError as error:
+            findings.append(stops(name, error))
+        findings += special_tokens(name, part, task)
     return task, encoded, findings
 
 
-def encode(name: str, items: list[dict], numbers: list, task, whole, on_bad_row: str) -> tuple[Encoded, list]:
-    """A split as `task` reads it, and findings; `whole` is the same task without a limit, which says how long the items are in full."""
+def stops(name: str, error: UserError):
+    """What is to be told of a split that can't be encoded. Of the test rows, no training reads more than the columns."""
+    from recipes.common.doctor import Finding
+
+    severity, what = ("warning", "the scoring of test rows") if name == "test" else ("error", "the training")
+    return Finding(severity, "stops", f"{what} would stop: {error}", [], 0, name)
+
+
+def encode(name: str, items: Sequence[dict], part: Part, task, whole, shared) -> tuple[Encoded, list]:
+    """A split as `task` reads it, and findings; `whole` is the same task without a limit, which says how long the items are in full.
+
+    Raises `UserError` if nothing of it can be encoded.
+    """
+    from recipes.common import data
     from recipes.common.doctor import Finding, Split
 
-    training, findings = name == "train", []
-    features, counts = whole.encode(items, name, "skip", training)
+    training, findings, numbers = name == "train", [], part.numbers
+    turns = task.name == "classify" and any("messages" in row for row in part.rows)
+    if turns:
+        sizes = [len(data.labelled_turns(row, shared.label)) if "messages" in row else 1 for row in part.rows]
+        numbers = [number for number, size in zip(part.numbers, sizes, strict=True) for _ in range(size)]
+    try:
+        features, counts = whole.encode(items, name, "skip", training)
+    except UserError:
+        task.encode(items, name, shared.on_bad_row, training)  # stops as well, and names the limit that is set
+        raise
     for sentence in counts["sentences"]:
         print(f"{name}: {sentence}")
     if refused := counts["refused"]:
         sentences = {number: sentence.partition(": ")[2] for number, sentence in refused.items()}  # they name the item, not the file's row
         for number in list(sentences)[:SHOWN]:
             print(f"{name}, row {numbers[number - 1]}: {sentences[number]}")
-        findings.append(Finding("error" if on_bad_row == "stop" else "warning", "refused-row", (
+        stopping = shared.on_bad_row == "stop" and name != "test"
+        findings.append(Finding("error" if stopping else "warning", "refused-row", (
             f"{len(refused)} of {len(items)} {counts['unit']} in {name} can't be trained on with this model or these labels"),
             list(dict.fromkeys(numbers[number - 1] for number in refused)), len(refused), name))
-    gone = refused.keys() | set(counts["left_out"])
-    items, numbers = ([entry for i, entry in enumerate(entries, start=1) if i not in gone] for entries in (items, numbers))
-    lengths = [max(len(f["input_ids"]), len(f["labels"]) if task.peft_type == "SEQ_2_SEQ_LM" else 0) for f in features]
-    kept = dict(enumerate(features, start=1))
-    if max(lengths) > task.max_length:
+    if gone := {*refused, *counts["left_out"]}:
+        stay = [i for i in range(len(items)) if i + 1 not in gone]
+        items, numbers = items.take(stay), [numbers[i] for i in stay]
+    measures = measured(features, task)
+    at, lengths = np.arange(len(items)), measures["length"]
+    if lengths.max() > task.max_length:
         try:
             features, cut = task.encode(items, name, "skip", training)
-            kept = dict(zip([i for i in kept if i not in set(cut["left_out"])], features, strict=True))
+            left_out = [number - 1 for number in cut["left_out"]]
+            at = np.full(len(items), -1)
+            at[np.delete(np.arange(len(items)), left_out)] = np.arange(len(features))
         except UserError as error:
-            kept = {}
-            findings.append(Finding("error", "stops", f"the training would stop: {error}", [], 0, name))
-    found = [kept.get(i) for i in range(1, len(items) + 1)]
-    split = Split(items, numbers, lengths, [trained_on(feature, task) for feature in found], unit=counts["unit"], trained=counts["items"],
+            features, at = None, np.full(len(items), -1)
+            findings.append(stops(name, error))
+        measures = measured(features, task)
+    supervised = [measures["trained"][i] if i >= 0 else 0 for i in at]
+    split = Split(items, numbers, lengths.tolist(), supervised, kept=(at >= 0).tolist(), unit=counts["unit"], trained=counts["items"],
                   learned=LEARNED.get(task.name, ()))
-    return Encoded(split, items, numbers, found, lengths), findings
+    if turns:  # what is compared and searched is the dialogue
+        left = set(numbers)
+        rows = [i for i, number in enumerate(part.numbers) if number in left]
+        split = replace(split, rows=part.rows.take(rows), numbers=[part.numbers[i] for i in rows], items=items, item_numbers=numbers,
+                        unit="labelled turns")
+    flaws = {code: [numbers[i] for i in np.flatnonzero(at >= 0) if measures[code][at[i]]] for code in ("no-end", "double-bos")}
+    found = [numbers[i] for i in np.flatnonzero(at >= 0) if measures["unknown"][at[i]]]
+    findings += flawed(name, flaws) + unknown(name, found, sum(measures["unknown"]), sum(measures["read"]))
+    return Encoded(split, items, numbers, features, at, lengths), findings
 
 
-def trained_on(feature: dict | None, task) -> int | None:
-    """How many tokens, words or labels of an item are trained on; None for one that is out of scope."""
-    from recipes.common.chat import IGNORE
+def encode_texts(name: str, items: Sequence[dict], part: Part, task) -> tuple[Encoded, list]:
+    """`encode` for pretrain, which shortens nothing: it joins texts or cuts them. Raises `UserError`."""
+    from recipes.common import disk
+    from recipes.common.doctor import Split
 
-    if feature is None:
-        return 0
-    labels = feature["labels"]
-    if task.peft_type == "SEQ_CLS":
-        return None if labels == IGNORE else 1
-    return sum(label != IGNORE for label in (labels[1:] if task.peft_type == "CAUSAL_LM" else labels))  # the first predicts nothing
+    features, counts = task.encode(items, name, "skip", name == "train")
+    made, *others = counts["sentences"]
+    for sentence in others:
+        print(f"{name}: {sentence}")
+    causal = task.peft_type == "CAUSAL_LM"
+    around = len(task.tokenizer("")["input_ids"]) if not causal else 1  # the tokens around a text, or the one that ends it
+    lengths, strange, missing = [], [], unk_of(task.tokenizer)
+    for start in range(0, len(items), disk.CHUNK):
+        texts = [item["text"] for item in items[start:start + disk.CHUNK]]
+        for ids in task.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            lengths.append(len(ids) + around)
+            strange.append(ids.count(missing))
+    disk.forget()
+    gone = {number - 1 for number in counts["left_out"]}
+    kept = [i not in gone for i in range(len(items))]
+    supervised = [length if stays else 0 for length, stays in zip(lengths, kept, strict=True)]
+    split = Split(part.rows, part.numbers, lengths, supervised, kept=kept, unit=counts["unit"], trained=counts["items"], learned=(),
+                  joined=made, total=counts["supervised"])
+    found = [number for number, n in zip(part.numbers, strange, strict=True) if n]
+    blocks = range(1, len(features) + 1)
+    sizes = [len(ids) for batch in features.data.table.to_batches() for ids in arrays(batch["input_ids"])]
+    return (Encoded(split, features, blocks, features, range(len(features)), sizes, "block"),
+            unknown(name, found, sum(strange), sum(lengths)))
 
 
-def flawed(name: str, encoded: Encoded, part: Part, task) -> list:
-    """Findings about the tokens: turns that do not end, a first token that stands twice, special tokens in the text, unknown ones."""
-    from recipes.common import chat, doctor
+def measured(features, task) -> dict[str, Sequence]:
+    """Of each feature: its `length` and how many of its tokens, words or labels are `trained` on (None for one that is out of scope); how
+    many tokens it has `read` and how many of them are `unknown`; whether it has a flaw of doctor.flaws."""
+    from recipes.common import chat, disk, doctor
 
-    rows = {"no-end": [], "double-bos": [], "special-token": []}
-    if task.name in ("chat", "translate") and task.peft_type == "CAUSAL_LM":
-        end, bos = chat.end_of_turn_id(task.tokenizer), task.tokenizer.bos_token_id
-        for number, feature in zip(encoded.numbers, encoded.features, strict=True):
-            for code in doctor.flaws(feature["input_ids"], feature["labels"], end, bos) if feature else ():
-                rows[code].append(number)
-    special = [token.content for token in task.tokenizer.added_tokens_decoder.values() if token.special]
-    there = Counter()
+    found = {name: [] for name in ("length", "trained", "read", "unknown", "no-end", "double-bos")}
+    end, bos, missing = None, task.tokenizer.bos_token_id, unk_of(task.tokenizer)
+    if task.peft_type == "CAUSAL_LM":
+        end = chat.end_of_turn_id(task.tokenizer)
+    for batch_number, batch in enumerate(features.data.table.to_batches() if features else ()):
+        for ids, labels in zip(arrays(batch["input_ids"]), arrays(batch["labels"]), strict=True):
+            there, flaws = np.atleast_1d(labels) != chat.IGNORE, ()
+            if task.peft_type == "CAUSAL_LM":
+                there, flaws = there[1:], doctor.flaws(ids, labels, end, bos)  # the first predicts nothing
+            found["length"].append(max(len(ids), len(labels) if task.peft_type == "SEQ_2_SEQ_LM" else 0))
+            found["trained"].append((1 if there.all() else None) if task.peft_type == "SEQ_CLS" else int(there.sum()))
+            found["read"].append(len(ids))
+            found["unknown"].append(int((ids == missing).sum()) if missing is not None else 0)
+            for code in ("no-end", "double-bos"):
+                found[code].append(code in flaws)
+        if batch_number % disk.FORGET == 0:
+            disk.forget()
+    return found | {"length": np.array(found["length"])}
+
+
+def arrays(column) -> Iterator[np.ndarray]:
+    """The value of each row of an Arrow column: a list as an array, a number as it is."""
+    if not hasattr(column, "offsets"):
+        return iter(column.to_numpy())
+    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    return (values[start:end] for start, end in zip(offsets, offsets[1:], strict=False))
+
+
+def unk_of(tokenizer) -> int | None:
+    """The token that stands for what the tokenizer does not know, if it has one of its own: GPT-2 names the end of a text."""
+    return tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None
+
+
+def flawed(name: str, rows: dict[str, list]) -> list:
+    """Findings about the tokens of dialogues: turns that do not end, a first token that stands twice."""
+    from recipes.common.doctor import Finding
+
+    sentences = {"no-end": "hold an answer whose end is not trained on", "double-bos": "begin with the first token twice"}
+    return [Finding("warning", code, f"{len(found)} rows in {name} {sentences[code]}", found, len(found), name)
+            for code, found in rows.items() if found]
+
+
+def special_tokens(name: str, part: Part, task) -> list:
+    """Findings about texts that hold a token by which the model knows where a turn or text ends."""
+    from recipes.common.doctor import Finding, texts
+
+    special, there, rows = [token.content for token in task.tokenizer.added_tokens_decoder.values() if token.special], Counter(), []
     for number, row in zip(part.numbers, part.rows, strict=True):
-        held = {token for text in doctor.texts(row) for token in special if token in text}
-        rows["special-token"] += [number] if held else []
-        there.update(held)
-    sentences = {"no-end": "hold an answer whose end is not trained on", "double-bos": "begin with the first token twice",
-                 "special-token": f"hold a special token of the model in their text ({', '.join(there)})"}
-    findings = [doctor.Finding("warning" if code == "special-token" else "error", code, f"{len(found)} rows in {name} {sentences[code]}",
-                               found, len(found), name) for code, found in rows.items() if found]
-    unk = task.tokenizer.unk_token_id if task.tokenizer.unk_token != task.tokenizer.eos_token else None  # GPT-2 names one for both
-    unknown = [feature["input_ids"].count(unk) if feature else 0 for feature in encoded.features]
-    share = sum(unknown) / max(1, sum(len(feature["input_ids"]) for feature in encoded.features if feature))
-    if share >= UNKNOWN:
-        found = list(dict.fromkeys(number for number, n in zip(encoded.numbers, unknown, strict=True) if n))
-        findings.append(doctor.Finding("warning", "unknown-token", (
-            f"{share:.0%} of the tokens in {name} stand for characters that the tokenizer does not know"), found, len(found), name))
-    return findings
+        text = "\n".join(texts(row))
+        if held := [token for token in special if token in text]:
+            rows.append(number)
+            there.update(held)
+    sentence = f"{len(rows)} rows in {name} hold a special token of the model in their text ({', '.join(there)})"
+    return [Finding("warning", "special-token", sentence, rows, len(rows), name)] if rows else []
+
+
+def unknown(name: str, rows: list, strange: int, tokens: int) -> list:
+    """A finding about tokens that stand for what the tokenizer does not know, if they are not few: the `rows` that have any."""
+    from recipes.common.doctor import Finding
+
+    share, rows = strange / max(1, tokens), list(dict.fromkeys(rows))
+    return [Finding("warning", "unknown-token", (
+        f"{share:.0%} of the tokens in {name} stand for characters that the tokenizer does not know"), rows, len(rows), name)
+    ] if share >= UNKNOWN else []
 
 
 def show(name: str, encoded: Encoded, task, options) -> None:
@@ -327,23 +485,25 @@ def show(name: str, encoded: Encoded, task, options) -> None:
     from recipes.common import doctor, evaluation, tasks
 
     for i in evaluation.spread(len(encoded.items), options.show):
-        feature, item = encoded.features[i], encoded.items[i]
+        feature = encoded.features[int(encoded.at[i])] if encoded.at[i] >= 0 else None
         length = encoded.lengths[i]
         fate = ": left out" if feature is None else f", shortened to {len(feature['input_ids'])}" if length > task.max_length else ""
-        print(f"\n--- {name}, row {encoded.numbers[i]} ({length} tokens{fate}) ---")
+        print(f"\n--- {name}, {encoded.unit} {encoded.numbers[i]} ({length} tokens{fate}) ---")
         if feature is None:
             continue
-        ids, labels = feature["input_ids"], feature["labels"]
-        if task.peft_type in ("CAUSAL_LM", "TOKEN_CLS"):
+        ids, labels = feature["input_ids"], feature.get("labels")
+        if labels is None:  # words that are drawn anew in each epoch
+            print(task.tokenizer.decode(ids))
+        elif task.peft_type in ("CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION"):
             print(doctor.rendered(task.tokenizer, ids, labels, options.colour).rstrip("\n"))
         else:
             print(task.tokenizer.decode(ids))
         if task.peft_type == "TOKEN_CLS":
-            print(f"-> {tasks.module('tag').shown(item['tokens'], item['tags'])}")
+            print(f"-> {tasks.module('tag').shown(encoded.items[i]['tokens'], encoded.items[i]['tags'])}")
         if task.peft_type == "SEQ_2_SEQ_LM":
             print(f"-> {doctor.rendered(task.tokenizer, labels, labels, options.colour)}")
         if task.peft_type == "SEQ_CLS":
-            print(f"-> {doctor.marked(json.dumps(item['label'], ensure_ascii=False), options.colour)}")
+            print(f"-> {doctor.marked(json.dumps(encoded.items[i]['label'], ensure_ascii=False), options.colour)}")
 
 
 def mask(out: Path, files: list[tuple[str, Part]], single: bool) -> None:

@@ -157,14 +157,14 @@ def test_duplicates_within_a_split():
     assert (figures["exact"], figures["near"], figures["groups"]) == (1, 1, [[4, 6, 7]]) and figures["comparisons"] > 0
 
 
-def test_leaks_are_errors():
+def test_leaks():
     long = "I ordered a coffee grinder two weeks ago and it still has not arrived, so where is it?"
     splits = {"train": split([dialogue(long), dialogue(QUESTIONS[1], id="a")], 1), "dev": split([dialogue(QUESTIONS[3], id="a")], 7),
               "test": split([dialogue(QUESTIONS[2]), dialogue(long), dialogue(long + " Thanks!")], 3)}
     found = codes(splits)
     assert found.pop(("near-duplicate", "test")) == ("warning", [5], 1)
-    assert found == {("leak-exact", "test"): ("error", [4], 1), ("leak-near", "test"): ("warning", [5], 1),
-                     ("leak-id", "dev"): ("error", [7], 1)}
+    assert found == {("leak-exact", "test"): ("warning", [4], 1), ("leak-near", "test"): ("warning", [5], 1),
+                     ("leak-id", "dev"): ("warning", [7], 1)}
     summary, findings = examine(splits, 100)
     assert [(leak["split"], leak["row"], leak["of_split"], leak["of_row"], leak["kind"]) for leak in summary["leaks"]["found"]] == [
         ("dev", 7, "train", 2, "id"), ("test", 4, "train", 1, "exact"), ("test", 5, "train", 1, "near")]
@@ -206,7 +206,7 @@ def test_personal_data_in_rows_of_other_tasks(row):
 def test_errors_come_first_and_all_is_json():
     splits = healthy() | {"test": split([dialogue(QUESTIONS[0]), dialogue("Mail jo@example.com")], supervised=[0, 4], lengths=[400, 9])}
     summary, findings = examine(splits, 100)
-    assert [f.severity for f in findings] == ["error", "warning", "warning"]
+    assert [f.severity for f in findings] == ["warning"] * 3
     assert json.loads(json.dumps(summary)) == summary and len(summary["findings"]) == 3
     assert summary["findings"][0].keys() == {"severity", "code", "sentence", "rows", "count", "split", "remedy"}
     assert {f.sentence.split()[0] for f in findings} == {str(f.count) for f in findings}

@@ -18,7 +18,7 @@ from conftest import DIALOGUES, ROOT, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recipes.common import args, chat, data, models, tasks
+from recipes.common import args, chat, data, disk, models, tasks
 from recipes.common.errors import UserError
 
 spec = importlib.util.spec_from_file_location("doctor_script", ROOT / "scripts/doctor.py")
@@ -30,7 +30,26 @@ LABELS = [{"text": f"{q} {'please ' * (i % 9)}", "label": ["order", "card", "hou
 TAGS = [{"tokens": ["book", *["very"] * i, "Friday", "please"], "tags": ["O", *["O"] * i, "B-day", "O"]} for i in range(12)]
 PAIRS = [{"source": "Where is my order? " * (1 + i % 5) * 4, "target": "我的订单在哪里？" * (40 if i == 5 else 1 + i % 3)}
          for i in range(12)]
-ROWS = {"chat": ("llama", DIALOGUES * 3, 40), "classify": ("bert", LABELS, 16), "tag": ("bert", TAGS, 9), "translate": ("t5", PAIRS, 60)}
+TURNS_WITH_LABELS = [{"messages": [{"role": "user", "content": f"{row['text']} Now?", "label": row["label"]},
+                                   {"role": "assistant", "content": "One moment."},
+                                   {"role": "user", "content": row["text"], "label": "thanks"}]} for row in LABELS]
+COMPARED = [("A longer question, with many words in it" * (i % 3), "and its answer " * (i % 5)) for i in range(12)]
+# (model, rows, a max_length that shortens some of them, flags)
+CASES = {
+    "chat": ("llama", DIALOGUES * 3, 40, {}),
+    "classify": ("bert", LABELS, 16, {}),
+    "turns": ("bert", TURNS_WITH_LABELS, 20, {"task": "classify", "context_turns": 2}),
+    "pairs": ("bert", [{"text": a or "Hi", "text_pair": b or None, "label": "ab"[i % 2]} for i, (a, b) in enumerate(COMPARED)], 30,
+              {"task": "classify"}),
+    "several labels": ("gpt2", [{"text": row["text"], "label": ["x", "y", "z"][: i % 3]} for i, row in enumerate(LABELS)], 12,
+                       {"task": "classify", "multi_label": True}),
+    "out of scope": ("bert", LABELS, 16, {"task": "classify", "oos_label": "hours"}),
+    "tag": ("bert", TAGS, 9, {}),
+    "tag by a decoder": ("gpt2", TAGS, 20, {"task": "tag"}),
+    "translate": ("t5", PAIRS, 60, {"source_prefix": "say: "}),
+    "translate by a decoder": ("llama", [{**row, "target": row["target"][:40]} for row in PAIRS], 90,
+                               {"task": "translate", "instruction": "Translate."}),
+}
 KIND = {"classify": "bert", "tag": "bert", "translate": "t5"}
 
 
@@ -119,23 +138,113 @@ def test_rows_of_several_files_name_their_file(doctor, write_jsonl):
 # What a model makes of it
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_the_doctor_says_what_the_training_does(task, doctor, tiny, write_jsonl, tmp_path):
-    kind, rows, max_length = ROWS[task]
-    path = write_jsonl(rows)
-    training = loaded({"data": [str(path)], "task": task, "max_length": max_length}, tiny(kind)).report["splits"]
-    status, out = doctor("--data", path, "--task", task, "--max_length", max_length, "--json", tmp_path / "found.json")
+def as_words(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_doctor_says_what_the_training_does(case, doctor, tiny, write_jsonl, tmp_path):
+    kind, rows, max_length, others = CASES[case]
+    path, flags = tmp_path / "mine", {"task": case} | others
+    write_jsonl(rows, "mine/train.jsonl"), write_jsonl(rows, "mine/dev.jsonl")
+    training = loaded({"data": [str(path)], **flags, "max_length": max_length}, tiny(kind)).report["splits"]
+    status, out = doctor("--data", path, "--model", tiny(kind), *as_words(flags), "--max_length", max_length, "--json",
+                         tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["splits"]
     for split in ("train", "dev"):
         told, done = found[split]["tokens"], training[split]
-        assert (found[split]["items"], told["shortened"], told["untrained"], told["supervised"]) == (
-            done["rows"], done["shortened"], len(done["left_out"]), done["supervised"])
-    assert sum(training[split]["shortened"] for split in training) > 0, "else this test shows nothing"
-    keeps = max(split["tokens"]["keeps"]["100"] for split in found.values())
-    whole = loaded({"data": [str(path)], "task": task, "max_length": keeps}, tiny(kind)).report["splits"]
-    assert all(whole[split]["shortened"] == 0 and not whole[split]["left_out"] for split in whole)
-    less = loaded({"data": [str(path)], "task": task, "max_length": keeps - 1}, tiny(kind)).report["splits"]
-    assert any(less[split]["shortened"] or less[split]["left_out"] for split in less)
+        outside = sum(row["label"] == "hours" for row in rows) if "oos_label" in others and split == "train" else 0  # are not examined
+        assert status == 0 and (told["shortened"], told["supervised"]) == (done["shortened"], done["supervised"])
+        assert (found[split]["items"], told["left_out"]) == (done["rows"] - outside, len(done["left_out"]) - outside)
+    assert training["dev"]["shortened"] or training["dev"]["left_out"], "else this test shows nothing"
+    items, keeps = found["dev"]["items"], found["dev"]["tokens"]["keeps"]
+    for value in {int(value) - less for value in keeps.values() for less in (0, 1)}:
+        done = loaded({"data": [str(path)], **flags, "max_length": value}, tiny(kind)).report["splits"]["dev"]
+        share = 100 * (items - done["shortened"] - len(done["left_out"])) / items
+        assert all((share >= int(percent)) == (value >= keep) for percent, keep in keeps.items()), (value, share, keeps)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_text_is_joined_or_cut_as_in_the_training(kind, doctor, tiny, write_jsonl, tmp_path):
+    path = write_jsonl([*DIALOGUES, *({"text": row["text"]} for row in LABELS)])
+    done = loaded({"data": [str(path)], "task": "pretrain", "max_length": 24}, tiny(kind)).report["splits"]
+    status, out = doctor("--data", path, "--task", "pretrain", "--model", tiny(kind), "--max_length", 24, "--show", 2, "--json",
+                         tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["splits"]
+    assert status == 0 and "labelled turns" not in out and "shortened" not in out
+    for split in ("train", "dev"):
+        tokens = found[split]["tokens"]
+        assert (found[split]["items"], tokens["supervised"]) == (done[split]["rows"], done[split]["supervised"])
+        assert tokens["joined"] == done[split]["sentences"][0] and f"--max_length 24: {tokens['joined']}; fits in one: " in out
+        assert f"--- {split}, block {done[split]['blocks']} (" in out
+    if kind == "bert":  # a text is cut if and only if it does not fit
+        longest = found["train"]["tokens"]["keeps"]["100"]
+        for value, cut in ((longest, 0), (longest - 1, 1)):
+            train = loaded({"data": [str(path)], "task": "pretrain", "max_length": value}, tiny(kind)).report["splits"]["train"]
+            assert (train["blocks"] > train["rows"]) == cut
+
+
+def test_text_files(doctor, tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("train", "validation"):
+        with gzip.open(tmp_path / "mine" / f"{name}.txt.gz", "wt", encoding="utf-8") as file:
+            file.write("Where is my order?\n\n我的订单在哪里？\nMail jo@example.com\n")
+    status, out = doctor("--data", tmp_path / "mine", "--task", "pretrain")
+    assert status == 0 and "\ntrain: 3 texts, " in out and "3 rows stand word for word" in out
+    assert "(row 4)" in out, "the number of a row is that of its line"
+
+
+def test_more_rows_than_files_can_be_open(doctor, write_jsonl):
+    rows = [{"text": f"Question {i}", "label": "abc"[i % 3]} for i in range(1500)]
+    status, out = doctor("--data", write_jsonl(rows), "--task", "classify")
+    assert status == 0 and "\ntrain: 1,350 rows, " in out
+
+
+# The exit status
+
+
+@pytest.mark.parametrize("files, flags, stops", [
+    ({"train": DIALOGUES}, {}, None),
+    ({"train": [*DIALOGUES, "{}"]}, {}, 'no column "messages"'),
+    ({"train": [*DIALOGUES, "{}"]}, {"on_bad_row": "skip"}, None),
+    ({"train": ["{}", "[]"]}, {"on_bad_row": "skip"}, "usable|can be used"),
+    ({"train": DIALOGUES, "dev": ["{}"]}, {"on_bad_row": "skip"}, "usable|can be used"),
+    ({"train": DIALOGUES, "dev": []}, {}, "holds no row|0 rows"),
+    ({"train": DIALOGUES, "dev": DIALOGUES[:1], "test": ["{"]}, {}, "broken JSON"),
+    ({"train": DIALOGUES[:1]}, {}, "one row"),
+    ({"train": DIALOGUES[:1], "dev": DIALOGUES[1:2]}, {}, None),
+    ({"dev": DIALOGUES, "test": DIALOGUES}, {}, "no train file"),
+    ({"train": DIALOGUES}, {"max_length": 12}, "no dialogue has a supervised token within --max_length 12"),
+    ({"train": DIALOGUES, "dev": DIALOGUES[:1]}, {"max_length": 40}, "no dialogue has a supervised token within --max_length 40"),
+    ({"train": DIALOGUES[1:2] * 2, "dev": DIALOGUES[2:], "test": DIALOGUES[:1]}, {"max_length": 60}, None),  # that of test is too long
+    ({"train": LABELS}, {}, 'no column "messages"'),
+    ({"train": LABELS}, {"task": "classify", "label": "topic"}, 'no column "topic"'),
+    ({"train": LABELS}, {"task": "classify", "columns": "text=question"}, "no (row has a )?column .question."),
+    ({"train": LABELS[:1] * 4}, {"task": "classify"}, "at least two"),
+    ({"train": LABELS, "dev": [{"text": "New", "label": "new"}]}, {"task": "classify"}, "'new' does not occur"),
+    ({"train": LABELS, "dev": [{"text": "New", "label": "new"}, LABELS[0]]}, {"task": "classify", "on_bad_row": "skip"}, None),
+    ({"train": LABELS, "dev": [{"text": "New", "label": "new"}]}, {"task": "classify", "on_bad_row": "skip"}, "no row is left"),
+    ({"train": LABELS, "dev": LABELS[1:2], "test": [{"text": "New", "label": "new"}]}, {"task": "classify"}, None),
+    ({"train": LABELS, "dev": [{"text": "New", "label": "oos"}]}, {"task": "classify", "oos_label": "oos"}, "all rows are out of scope"),
+    ({"train": [{"tokens": ["a"], "tags": ["O"]}] * 4}, {"task": "tag"}, "no tag but O"),
+    ({"train": [{"tokens": ["a"], "tags": ["X"]}] * 4}, {"task": "tag"}, "is not IOB2"),
+    ({"train": PAIRS[5:6] * 3}, {"task": "translate", "max_length": 40}, "every target is longer"),
+    ({"train": [{"text": "龘"}] * 4}, {"task": "pretrain"}, "knows no word"),
+    ({"train": [{"source": "a"}] * 4}, {"task": "translate"}, 'no column "target"'),
+    ({"train": DIALOGUES, "dev": DIALOGUES[:2]}, {}, None),  # a leak makes scores wrong, but stops nothing
+])
+def test_the_doctor_stops_where_the_training_stops(files, flags, stops, doctor, tiny, write_jsonl, tmp_path):
+    folder = tmp_path / "mine"
+    for name, rows in files.items():
+        write_jsonl(rows, f"mine/{name}.jsonl")
+    model = tiny({"pretrain": "bert"}.get(flags.get("task"), KIND.get(flags.get("task", "chat"), "llama")))
+    with nullcontext() if stops is None else pytest.raises(UserError, match=stops):
+        loaded({"data": [str(folder)], **flags}, model)
+    status, out = doctor("--data", folder, "--model", model, *as_words(flags))
+    assert status == (0 if stops is None else 2), out
+    assert stops is None or re.search(stops, out), "it says the same"
+    if stops is None:
+        assert ("\nwarning: " in out) == (doctor("--data", folder, "--model", model, *as_words(flags), "--strict")[0] == 1)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +280,8 @@ def test_what_is_shortened_and_left_out_is_what_training_shortens_and_leaves_out
         return
     task, whole = two_tasks(max_length)
     numbers = [10 + i for i in range(len(rows))]
-    encoded, findings = script.encode("train", rows, numbers, task, whole, "stop")
+    encoded, findings = script.encode("train", disk.store(rows), script.Part("mine", disk.store(rows), numbers), task, whole,
+                                      args.SharedArguments())
     one_by_one = [chat.encode(row["messages"], task.tokenizer, max_length) for row in rows]
     split = encoded.summary
     left_out = [n for n, tokens in zip(split.numbers, split.supervised, strict=True) if tokens == 0]
@@ -185,7 +295,7 @@ def test_what_is_shortened_and_left_out_is_what_training_shortens_and_leaves_out
         assert left_out == numbers and [f.code for f in findings] == ["stops"] and str(error) in findings[0].sentence
         return
     assert findings == []
-    assert [f for f in encoded.features if f] == list(features) and sum(split.supervised) == counts["supervised"]
+    assert list(encoded.features) == list(features) and sum(split.supervised) == counts["supervised"]
     assert (len(shortened), [n - 9 for n in left_out]) == (counts["shortened"], counts["left_out"])
 
 
@@ -281,7 +391,8 @@ def test_a_leak_and_a_copy(doctor, write_jsonl, tmp_path):
     write_jsonl([*DIALOGUES, DIALOGUES[1]], "mine/train.jsonl")
     write_jsonl(DIALOGUES[2:3], "mine/dev.jsonl")
     status, out = doctor("--data", tmp_path / "mine")
-    assert status == 2 and "between splits: 1 rows stand word for word in an earlier one\n" in out
+    assert status == 0 and "between splits: 1 rows stand word for word in an earlier one\n" in out
+    assert doctor("--data", tmp_path / "mine", "--strict")[0] == 1
     assert "row 1 of dev and row 3 of train (row 1); take these rows out of one of the two splits [leak-exact]\n" in out
     assert re.search(r"^warning: 1 of 5 rows in train repeat an earlier row word for word \(row 5\)", out, re.M)
 
@@ -306,7 +417,7 @@ def test_show_marks_what_is_trained_on(doctor, write_jsonl):
     ("translate", r"Where is my order\? </s>\n-> ⟦我的订单在哪里？</s>⟧"),
 ])
 def test_show_of_the_other_tasks(task, shown, doctor, write_jsonl):
-    out = doctor("--data", write_jsonl(ROWS[task][1]), "--task", task, "--show", 99)[1]
+    out = doctor("--data", write_jsonl(CASES[task][1]), "--task", task, "--show", 99)[1]
     assert re.search(shown, out)
     assert task != "tag" or re.search(r"\[CLS\]⟦.*⟧", out)
 
@@ -371,6 +482,58 @@ def test_nothing_is_overwritten(doctor, write_jsonl, tmp_path):
     status, out = doctor("--data", path, "--mask_pii", tmp_path / "file/copy.jsonl")
     assert status == 2 and "can't be written" in out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "there.jsonl", "train.jsonl"]
+
+
+# --json
+
+
+def test_findings_never_replace_the_data(doctor, write_jsonl, tmp_path):
+    path, other = write_jsonl(DIALOGUES, "shop/train.jsonl"), write_jsonl(DIALOGUES, "shop/more.jsonl")
+    before = path.read_bytes()
+    (tmp_path / "link.json").symlink_to(path)
+    for out in (path, tmp_path / "shop" / "." / "train.jsonl", tmp_path / "link.json"):
+        for data_ in (path, tmp_path / "shop"):
+            status, printed = doctor("--data", data_, "--json", out)
+            assert status == 2 and printed == f"error: --json {out} is a file of --data, and would replace it: name another\n"
+    status, printed = doctor("--data", tmp_path / "shop", "--json", tmp_path / "shop" / "dev.json")
+    assert status == 2 and "would be taken for dev rows" in printed
+    assert path.read_bytes() == before and sorted(path.parent.iterdir()) == sorted([path, other])
+    assert doctor("--data", tmp_path / "shop", "--json", tmp_path / "shop" / "findings.json")[0] == 0
+    assert doctor("--data", tmp_path / "shop", "--json", tmp_path / "shop" / "findings.json")[0] == 0, "older findings may be replaced"
+
+
+@pytest.mark.parametrize("flag", ["--json", "--mask_pii"])
+def test_a_name_that_cannot_be_written_is_refused_before_anything_is_read(flag, doctor, write_jsonl, tmp_path, monkeypatch):
+    path = write_jsonl(DIALOGUES)
+    (tmp_path / "folder").mkdir()
+
+    def full(dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "read", None)
+    for out in ("folder", "train.jsonl/new.jsonl", "n" * 300 + ".jsonl", "/dev/null"):
+        status, printed = doctor("--data", path, flag, tmp_path / out)
+        assert status == 2 and printed.startswith(f"error: {flag} {tmp_path / out}") and printed.count("\n") == 1
+    monkeypatch.setattr(script.tempfile, "TemporaryFile", full)
+    status, printed = doctor("--data", path, flag, tmp_path / "new.jsonl")
+    assert status == 2 and printed == f"error: {flag} {tmp_path / 'new.jsonl'} can't be written (No space left on device): name another\n"
+    assert doctor("--data", path, "--json", tmp_path / "x.jsonl", "--mask_pii", tmp_path / "x.jsonl")[0] == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "train.jsonl"]
+
+
+def test_findings_hold_no_personal_data(doctor, write_jsonl, tmp_path):
+    phone, mail = "13812345678", "jo@example.com"
+    texts = [f"I am {mail}", "My\n" + phone, "4111 1111 1111 1111", f"{'x' * 45} {phone}", f"{'好' * 50}{phone}", f"{'x ' * 25}{mail}"]
+    bad = [[text, {"role": text}, {"messages": text}, {"messages": [text]}, {"messages": [{"role": text, "content": "x"}]},
+            {"messages": [{"role": "user", "content": [text]}]}, {text: 1}, '{"a": "' + text] for text in texts]
+    doctor("--data", write_jsonl([*DIALOGUES, *sum(bad, [])]), "--json", tmp_path / "chat.json")
+    labels = [{"text": f"Question {i}", "label": text} for i, text in enumerate([mail, phone] * 6)] + [{"text": "x", "label": [phone]}]
+    doctor("--data", write_jsonl(labels), "--task", "classify", "--json", tmp_path / "classify.json")
+    for name, kinds in (("chat.json", ("EMAIL", "PHONE", "BANK_CARD")), ("classify.json", ("EMAIL", "PHONE"))):
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        for secret in (phone, phone[:7], mail, mail[:5], "4111"):
+            assert secret not in written, re.findall(f".*{re.escape(secret)}.*", written)
+        assert all(f"[{kind}_1]" in written for kind in kinds)
 
 
 # Flags

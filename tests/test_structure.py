@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "item_scores": {"metrics"},
     "comparison": {"item_scores", "statistics"},
     "search": {"args", "errors", "runs", "tasks", "trainer"},
-    "doctor": {"chat", "duplicates", "metrics", "pii"},
+    "doctor": {"chat", "disk", "duplicates", "metrics", "pii"},
     "cases": {"errors"},
     "outlines": set(),
     "chat": {"errors", "outlines"},

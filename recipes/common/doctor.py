@@ -9,9 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
+import numpy as np
+
+from recipes.common import disk
 from recipes.common.chat import IGNORE
-from recipes.common.duplicates import digest, leaks, near_duplicates, row_text
+from recipes.common.duplicates import Texts, digest, leaks, near_duplicates, row_text
 from recipes.common.metrics import detect_language, stray_tags
 from recipes.common.pii import KINDS, ORDER_PATTERNS, find
 
@@ -75,6 +79,9 @@ class Split:
     unit: str = "rows"       # what an item is called
     trained: str = "tokens"  # what is counted as supervised
     learned: Sequence[str] = ("label", "tags")  # columns that a model is to predict; others are shown and no more
+    kept: Sequence[bool] | None = None  # whether the row has a part in the training, shortened or not; None: where it has such tokens
+    joined: str = ""  # what becomes of rows that are not shortened but joined or cut into pieces, as a sentence
+    total: int | None = None  # of what is trained on, where that can't be told row by row
 
     def labelled(self) -> tuple[list[int | str], list[dict]]:
         """Numbers and items of those that have a part in the training or its scores."""
@@ -87,7 +94,7 @@ class Split:
 class Finding:
     """One thing to know or to mend about a split."""
 
-    severity: str    # "error": training or scores are wrong with it; "warning": look at it; "info"
+    severity: str    # "error": the training would stop; "warning": look at it, or scores will be wrong; "info"
     code: str        # names the check for machines: "leak-exact", "too-long", ...
     sentence: str
     rows: list[int | str]  # row numbers in the file of `split`; empty when it is about all of them
@@ -110,19 +117,22 @@ def examine(splits: dict[str, Split], max_length: int, threshold: float = 0.8,
         if len(set(sizes)) != 1 or not sizes[0] or len(split.rows) != len(split.numbers):
             raise ValueError(f"{name}: {sizes} rows, row numbers, lengths and supervised counts; give one of each for at least one row")
         checks = {
-            "tokens": _check_lengths(name, split, max_length),
-            "labels": _check_labels(name, split),
-            "stray_tags": _check_tags(name, split),
-            "conflicts": _check_conflicts(name, split),
-            "languages": _check_languages(name, split),
-            "duplicates": _check_duplicates(name, split, threshold),
-            "personal_data": _check_personal_data(name, split, orders),
+            "tokens": partial(_check_lengths, name, split, max_length),
+            "labels": partial(_check_labels, name, split),
+            "stray_tags": partial(_check_tags, name, split),
+            "conflicts": partial(_check_conflicts, name, split),
+            "languages": partial(_check_languages, name, split),
+            "duplicates": partial(_check_duplicates, name, split, threshold),
+            "personal_data": partial(_check_personal_data, name, split, orders),
         }
-        summary["splits"][name] = {"rows": len(split.rows), "items": sizes[0], "unit": split.unit, "trained": split.trained,
-                                   **{key: figures for key, (figures, _) in checks.items()}}
-        findings += [finding for _, found in checks.values() for finding in found]
+        figures = {}
+        for key, check in checks.items():
+            figures[key], found = check()
+            findings += found
+            disk.forget()
+        summary["splits"][name] = {"rows": len(split.rows), "items": sizes[0], "unit": split.unit, "trained": split.trained, **figures}
     summary["leaks"], found = _check_leaks(splits, threshold)
-    findings += found + _check_unseen_labels(splits)
+    findings += found + _check_unseen_labels(splits, {name: split["labels"] for name, split in summary["splits"].items()})
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))  # stable
     summary["findings"] = as_json(findings)
     return summary, findings
@@ -240,8 +250,9 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> 
             "trained on",
             f"  tokens of each: {tokens['shortest']:,} to {tokens['longest']:,}, median {tokens['median']:,g}, mean {tokens['mean']:,.1f}",
             *bars(tokens["histogram"]),
-            f"  --max_length {summary['max_length']}: {tokens['shortened']:,} shortened, {tokens['untrained']:,} with nothing trained on; "
-            "kept whole "
+            f"  --max_length {summary['max_length']}: "
+            + (f"{tokens['joined']}; fits in one: " if tokens["joined"] else
+               f"{tokens['shortened']:,} shortened, {tokens['untrained']:,} with nothing trained on; kept whole ")
             + ", ".join(f"{percent} % by {length}" for percent, length in tokens["keeps"].items()),
             "  languages: " + ", ".join(f"{language} {n:,}" for language, n in split["languages"].items()),
         ]
@@ -312,10 +323,10 @@ def marked(text: str, colour: bool = True) -> str:
 def flaws(input_ids: Sequence[int], labels: Sequence[int], end: int, bos: int | None) -> set[str]:
     """Codes of what is wrong with an encoded dialogue: "no-end" if something that is trained on does not stop with the token `end`,
     "double-bos" if it begins with the token `bos` twice."""
-    found = set()
-    for t, label in enumerate(labels):
-        if label not in (IGNORE, end) and (t + 1 == len(labels) or labels[t + 1] == IGNORE):
-            found.add("no-end")
+    found, labels = set(), np.asarray(labels)
+    trained = labels != IGNORE
+    if (labels[trained & ~np.append(trained[1:], False)] != end).any():  # the last of each run
+        found.add("no-end")
     if bos is not None and list(input_ids[:2]) == [bos, bos]:
         found.add("double-bos")
     return found
@@ -328,14 +339,18 @@ def texts(row: dict) -> list[str]:
 
 def _check_lengths(name: str, split: Split, max_length: int) -> tuple[dict, list[Finding]]:
     numbers = split.numbers if split.items is None else split.item_numbers
-    each = list(zip(numbers, split.lengths, split.supervised, strict=True))
+    kept = split.kept or [supervised != 0 or length <= max_length
+                          for length, supervised in zip(split.lengths, split.supervised, strict=True)]
+    each = list(zip(numbers, split.lengths, split.supervised, kept, strict=True))
     rows = {
-        "shortened": [number for number, length, supervised in each if length > max_length and supervised != 0],
-        "left-out": [number for number, length, supervised in each if length > max_length and supervised == 0],
-        "nothing-trained": [number for number, length, supervised in each if length <= max_length and supervised == 0],
+        "shortened": [number for number, length, _, stays in each if length > max_length and stays and not split.joined],
+        "left-out": [number for number, length, _, stays in each if length > max_length and not stays],
+        "nothing-trained": [number for number, length, supervised, stays in each if supervised == 0 and (stays or length <= max_length)],
     }
-    figures = {**length_summary(split.lengths, max_length), "supervised": sum(filter(None, split.supervised)),
-               "shortened": len(rows["shortened"]), "untrained": len(rows["left-out"]) + len(rows["nothing-trained"])}
+    figures = {**length_summary(split.lengths, max_length), "joined": split.joined,
+               "supervised": sum(filter(None, split.supervised)) if split.total is None else split.total,
+               "shortened": len(rows["shortened"]), "left_out": len(each) - sum(kept),
+               "untrained": len(rows["left-out"]) + len(rows["nothing-trained"])}
     keeps, n = figures["keeps"], f"{len(each)} {split.unit} in {name}"
     whole = f"{keeps['95']} keeps 95 % whole, {keeps['99']} keeps 99 %, {keeps['100']} all"
     sentences = {
@@ -363,10 +378,10 @@ def _check_labels(name: str, split: Split) -> tuple[dict, list[Finding]]:
     return figures, findings
 
 
-def _check_unseen_labels(splits: dict[str, Split]) -> list[Finding]:
-    known, findings = balance(splits["train"].labelled()[1]) if "train" in splits else {}, []
+def _check_unseen_labels(splits: dict[str, Split], balances: dict[str, dict]) -> list[Finding]:
+    known, findings = balances.get("train", {}), []
     for name, split in splits.items():
-        for column, labels in balance(split.labelled()[1]).items():
+        for column, labels in balances[name].items():
             unseen = sorted(labels["counts"].keys() - known[column]["counts"].keys()) if column in known and column in split.learned else []
             if unseen:
                 findings.append(Finding("warning", "unseen-label", (
@@ -383,8 +398,10 @@ def _rows_with(split: Split, column: str, labels: Iterable[str]) -> list[int]:
 
 def _check_tags(name: str, split: Split) -> tuple[int, list[Finding]]:
     """Tags that only seem to go on with a span: most come from a wrong type or a lost B-."""
+    if "tags" not in split.learned:
+        return 0, []
     rows = {number: [(row["tags"][i - 1] if i else "the start", row["tags"][i]) for i in stray_tags(row["tags"])]
-            for number, row in zip(split.numbers, split.rows, strict=True) if "tags" in split.learned and "tags" in row}
+            for number, row in zip(split.numbers, split.rows, strict=True) if "tags" in row}
     pairs = [pair for found in rows.values() for pair in found]
     if not pairs:
         return 0, []
@@ -396,6 +413,8 @@ def _check_tags(name: str, split: Split) -> tuple[int, list[Finding]]:
 
 def _check_conflicts(name: str, split: Split) -> tuple[int, list[Finding]]:
     """Texts with several labels. Turns of a dialogue are left out: what a "yes" means depends on what came before."""
+    if not split.learned:
+        return 0, []
     labels, numbers = {}, {}
     for number, row in zip(split.numbers, split.rows, strict=True):
         if given := [row[column] for column in split.learned if column in row]:
@@ -422,7 +441,7 @@ def _check_languages(name: str, split: Split) -> tuple[dict, list[Finding]]:
 
 
 def _check_duplicates(name: str, split: Split, threshold: float) -> tuple[dict, list[Finding]]:
-    found = near_duplicates([row_text(row) for row in split.rows], threshold)
+    found = near_duplicates(Texts(split.rows), threshold)
     copies = {i for group in found.exact for i in group[1:]}
     near = {i for group in found.groups for i in group[1:]} - copies
     figures = {"exact": len(copies), "near": len(near), "comparisons": found.comparisons, "skipped": found.skipped,
@@ -461,9 +480,9 @@ def _check_leaks(splits: dict[str, Split], threshold: float) -> tuple[dict, list
         pairs.append({**asdict(leak), "row": row, "of_row": of_row})
         groups.setdefault((leak.split, leak.of_split, leak.kind), []).append(pairs[-1])
     texts = {
-        "exact": ("error", "stand word for word in", "scores on {} are too good"),
+        "exact": ("warning", "stand word for word in", "scores on {} are too good"),
         "near": ("warning", f"stand nearly (similarity {threshold:g} or more) in", "scores on {} may be too good"),
-        "id": ("error", "share their id with a row of", "a dialogue may stand in both"),
+        "id": ("warning", "share their id with a row of", "a dialogue may stand in both"),
     }
     for (name, earlier, kind), group in groups.items():
         severity, how, so = texts[kind]

@@ -5,16 +5,18 @@ from MinHash signatures cut into bands (Broder, 1997; Leskovec, Rajaraman and Ul
 candidate is then checked by its exact Jaccard index: what is reported is never wrong. What is missed: a pair right at the threshold
 with a probability below 0.2 %, a more similar one less.
 
-Memory: the texts as they are handed in, and about 0.5 KB for each different one. Time grows with the number of texts, not of pairs.
+Memory: about 0.5 KB for each different text, which itself is looked up when it is needed. Time grows with the number of texts, not of
+pairs.
 """
 
+import functools
 import hashlib
 import math
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from rensa import RMinHash
@@ -60,6 +62,19 @@ class Leaks:
     skipped: int
 
 
+class Texts(Sequence):
+    """The text (`row_text`) of each of `rows`, made when it is asked for: a million of them would fill the memory."""
+
+    def __init__(self, rows: Sequence[dict]):
+        self._rows = rows
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, at: int) -> str:
+        return row_text(self._rows[at])
+
+
 def shingles(text: str) -> set[str]:
     """The pieces by which texts are compared: of Han and other CJK runs every 2 characters in a row, of all else every 5.
 
@@ -99,9 +114,9 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> Duplicates:
     """Texts with an equal or a similar one among `texts`: Jaccard index of at least `threshold` (0.1 to 1, else a ValueError)."""
     bands = _bands(threshold)
     exact = _exact_groups(texts)
-    different = [texts[group[0]] for group in exact]
-    signatures = _signatures(different, bands)
-    likely, similarity = _likely(signatures, threshold), _similarity(different)
+    different = np.delete(np.arange(len(texts)), [i for group in exact for i in group[1:]])
+    signatures = _signatures(texts, different, bands)
+    likely, similarity = _likely(signatures, threshold), _similarity(texts, different)
     parents, comparisons, skipped = np.arange(len(different)), 0, 0
 
     def roots(indices: np.ndarray) -> np.ndarray:
@@ -123,11 +138,10 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> Duplicates:
                 others = others[:-1]
         if len(bucket) > MOST_COMPARED and len(set(roots(bucket).tolist())) > 1:
             skipped += len(bucket) - MOST_COMPARED
-    groups = {}
-    for root, group in zip(roots(parents).tolist(), exact, strict=True):
-        groups.setdefault(root, []).extend(group)
-    linked = sorted(sorted(group) for group in groups.values() if len(group) > 1)
-    return Duplicates([group for group in exact if len(group) > 1], linked, comparisons, skipped)
+    of_copies, linked = {group[0]: group for group in exact}, []
+    for positions in _equal(roots(parents)[:, None]):
+        linked.append(sorted(i for first in different[positions].tolist() for i in of_copies.pop(first, [first])))
+    return Duplicates(exact, sorted([*linked, *of_copies.values()]), comparisons, skipped)
 
 
 def leaks(train: Sequence[dict], dev: Sequence[dict], test: Sequence[dict], threshold: float = 0.8) -> Leaks:
@@ -137,10 +151,10 @@ def leaks(train: Sequence[dict], dev: Sequence[dict], test: Sequence[dict], thre
     `threshold`, 0.1 to 1, else a ValueError) and one by its `id`.
     """
     names = ["train"] * len(train) + ["dev"] * len(dev) + ["test"] * len(test)
-    rows = [*train, *dev, *test]
+    parts = [part for part in (train, dev, test) if len(part)]
+    rows = functools.reduce(operator.add, parts) if parts else []
     starts = {"train": 0, "dev": len(train), "test": len(train) + len(dev)}
-    texts = [row_text(row) for row in rows]
-    found = []
+    texts, found = Texts(rows), []
 
     def add(i: int, j: int, kind: str, similarity: float) -> None:
         found.append(Leak(names[i], i - starts[names[i]], names[j], j - starts[names[j]], kind, similarity))
@@ -160,8 +174,9 @@ def leaks(train: Sequence[dict], dev: Sequence[dict], test: Sequence[dict], thre
                 settled.add(i)
 
     bands = _bands(threshold)
-    signatures = _signatures(texts, bands)
-    likely, similarity = _likely(signatures, threshold), _similarity(texts)
+    every = np.arange(len(texts))
+    signatures = _signatures(texts, every, bands)
+    likely, similarity = _likely(signatures, threshold), _similarity(texts, every)
     comparisons = skipped = 0
     for bucket in _buckets(signatures, bands):
         for i in bucket[bucket >= len(train)].tolist():
@@ -185,11 +200,18 @@ def _normal(text: str) -> str:
 
 
 def _exact_groups(texts: Iterable[str]) -> list[list[int]]:
-    """Indices of equal texts together, in the order of their first one; a text that stands alone is a group too."""
-    groups = {}
-    for i, text in enumerate(texts):
-        groups.setdefault(digest(text), []).append(i)
-    return list(groups.values())
+    """Ascending indices of equal texts together, in the order of their first one."""
+    digests = np.frombuffer(b"".join(map(digest, texts)), dtype=np.uint64).reshape(-1, 2)
+    return sorted(group.tolist() for group in _equal(digests))
+
+
+def _equal(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """The ascending indices of rows of the matrix `keys` that are equal, where there are several."""
+    order = np.lexsort(keys.T)  # stable: equal rows keep their order
+    borders = np.flatnonzero((keys[order[1:]] != keys[order[:-1]]).any(axis=1)) + 1
+    starts, ends = np.append(0, borders), np.append(borders, len(order))
+    for k in np.flatnonzero(ends - starts > 1):
+        yield order[starts[k]:ends[k]]
 
 
 def _bands(threshold: float) -> tuple[int, int]:
@@ -200,11 +222,11 @@ def _bands(threshold: float) -> tuple[int, int]:
     return SLOTS // width, width
 
 
-def _signatures(texts: Sequence[str], bands: tuple[int, int]) -> np.ndarray:
-    """MinHash signatures, uint32 of shape (texts, bands x width)."""
-    signatures = np.empty((len(texts), bands[0] * bands[1]), dtype=np.uint32)
-    for start in range(0, len(texts), _CHUNK):
-        pieces = [list(shingles(text)) for text in texts[start:start + _CHUNK]]
+def _signatures(texts: Sequence[str], chosen: np.ndarray, bands: tuple[int, int]) -> np.ndarray:
+    """MinHash signatures of the `chosen` texts, uint32 of shape (chosen, bands x width)."""
+    signatures = np.empty((len(chosen), bands[0] * bands[1]), dtype=np.uint32)
+    for start in range(0, len(chosen), _CHUNK):
+        pieces = [list(shingles(texts[i])) for i in chosen[start:start + _CHUNK].tolist()]
         signatures[start:start + _CHUNK] = RMinHash.digest_matrix_from_token_sets(pieces, signatures.shape[1], _SEED).to_rows()
     return signatures
 
@@ -212,12 +234,7 @@ def _signatures(texts: Sequence[str], bands: tuple[int, int]) -> np.ndarray:
 def _buckets(signatures: np.ndarray, bands: tuple[int, int]) -> Iterator[np.ndarray]:
     """Band by band, the ascending indices of texts that agree in all slots of the band; no bucket of one."""
     for band in range(bands[0]):
-        part = signatures[:, band * bands[1]:(band + 1) * bands[1]]
-        order = np.lexsort(part.T)  # stable: equal rows keep their order
-        borders = np.flatnonzero((part[order[1:]] != part[order[:-1]]).any(axis=1)) + 1
-        starts, ends = np.append(0, borders), np.append(borders, len(order))
-        for k in np.flatnonzero(ends - starts > 1):
-            yield order[starts[k]:ends[k]]
+        yield from _equal(signatures[:, band * bands[1]:(band + 1) * bands[1]])
 
 
 def _likely(signatures: np.ndarray, threshold: float) -> Callable[[int, np.ndarray], np.ndarray]:
@@ -230,7 +247,7 @@ def _likely(signatures: np.ndarray, threshold: float) -> Callable[[int, np.ndarr
     return lambda i, others: others[(signatures[others] == signatures[i]).sum(axis=1) >= floor]
 
 
-def _similarity(texts: Sequence[str]) -> Callable[[int, int], float]:
-    """A function from two indices to the Jaccard index of their texts."""
-    pieces = lru_cache(maxsize=4096)(lambda i: shingles(texts[i]))  # bounded: the sets are far larger than the texts
+def _similarity(texts: Sequence[str], chosen: np.ndarray) -> Callable[[int, int], float]:
+    """A function from two positions in `chosen`, the indices of texts, to the Jaccard index of these texts."""
+    pieces = functools.lru_cache(maxsize=4096)(lambda i: shingles(texts[int(chosen[i])]))  # bounded: the sets are far larger than the texts
     return lambda i, j: jaccard(pieces(i), pieces(j))
