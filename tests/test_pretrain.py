@@ -16,9 +16,11 @@ from test_resume import Killed, curve, same, trained
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForMaskedLM,
     AutoTokenizer,
     BertForMaskedLM,
     BertForPreTraining,
+    BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -351,6 +353,14 @@ def test_a_run_that_draws_words_resumes_exactly(flags, tiny, folder, tmp_path):
     for key in ("loss", "eval_loss", "grad_norm"):
         assert curve(resumed, key) == curve(through, key)
     assert same(trained(resumed.model), trained(through.model))
+
+
+def test_a_head_that_is_the_table_of_tokens_is_not_said_to_be_drawn(tiny, tmp_path, capsys):
+    BertModel.from_pretrained(tiny("bert")).save_pretrained(tmp_path)  # an encoder alone, as sentence encoders are
+    model = models.load(models.Source("x", "x", str(tmp_path)), AutoModelForMaskedLM)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    told = "note: cls.predictions.transform.LayerNorm, cls.predictions.transform.dense: not in the checkpoint, drawn at random"
+    assert told in capsys.readouterr().out
 
 
 def test_each_epoch_draws_other_words(tiny, folder, tmp_path):

@@ -193,15 +193,15 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
         model.config.classifier_pooling = pooling  # ModernBERT does it by itself
     elif pooling == "mean":
         raise UserError(f"--pooling mean: {source.used} has no pooler to replace; leave it out")
-    lacking = [] if completed else found["missing_keys"]
-    for names, what in (lacking, "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
-        if names:
-            print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
+    lacking, unused = ({name.rpartition(".")[0] for name in found[keys]} for keys in ("missing_keys", "unexpected_keys"))
     # A head that is the table of tokens turned round (BERT's, for masked words) was not drawn, though parts beside it were.
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is table.weight
-    model.drawn_at_random = sorted(name for name in {name.rpartition(".")[0] for name in found["missing_keys"]}
+    model.drawn_at_random = sorted(name for name in lacking
                                    if not (tied and any(module is head for module in model.get_submodule(name).modules())))
+    for names, what in (() if completed else model.drawn_at_random, "not in the checkpoint, drawn at random"), (sorted(unused), "not used"):
+        if names:
+            print(f"note: {', '.join(names)}: {what}")
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
