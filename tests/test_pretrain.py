@@ -363,6 +363,19 @@ def test_a_head_that_is_the_table_of_tokens_is_not_said_to_be_drawn(tiny, tmp_pa
     assert told in capsys.readouterr().out
 
 
+def test_the_untuned_model_has_the_head_that_the_run_drew(tiny, folder, tmp_path):
+    """In each call: with a learning rate of zero the run is still what it started from."""
+    BertModel.from_pretrained(tiny("bert")).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny("bert")).save_pretrained(tmp_path / "bert")
+    run = tmp_path / "run"
+    run_recipe("full", tmp_path / "bert", folder, run, *PLAIN, "--max_steps", "1", "--learning_rate", "0", "--seed", "7")
+    result = call("scripts/evaluate.py", "--run", run, "--base", "--dtype", "float32")
+    assert result.code == 0, result.err
+    table = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]["table"]
+    untuned, full = ([row["values"] for row in table if row["model"].endswith(name)] for name in ("(untuned)", "full"))
+    assert untuned == full
+
+
 def test_each_epoch_draws_other_words(tiny, folder, tmp_path):
     seen = []
 

@@ -345,9 +345,13 @@ def source_of_run(run: Path, record: dict) -> Source:
 
 
 def load_base(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausalLM, config: dict | None = None):
-    """The untuned model that a run started from, set to stop where the run's own does."""
+    """The untuned model that a run started from, set to stop where the run's own does. What its checkpoint lacks is drawn by the run's
+    seed, so it is the same in each call, and in fp32 what the run drew."""
     record = read_record(Path(run))
-    return _ready(load(resolve(record["model"]["used"]), auto_class, dtype, **config or {}), Path(run))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record["training_arguments"]["seed"])
+        model = load(resolve(record["model"]["used"]), auto_class, dtype, **config or {})
+    return _ready(model, Path(run))
 
 
 def load_run_tokenizer(run: str | Path):
