@@ -536,6 +536,9 @@ def test_the_start_of_a_run_that_was_moved_is_found_by_evaluate(tiny, folder, tm
     scores = json.loads((tmp_path / "moved" / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
     base = next(row["values"][0] for row in scores["table"] if row["model"].startswith("start") and row["language"] == "all")
     assert base == pytest.approx(math.log(290), abs=0.2)  # it knows nothing: as likely as any other token
+    report, card = ((tmp_path / "moved" / name).read_text(encoding="utf-8") for name in ("report.html", "MODEL_CARD.md"))
+    assert "full on gpt2 from scratch" in report and "every weight was drawn at random" in report and "could not be reached" not in report
+    assert "gpt2 from scratch, trained with" in card and "could not be reached" not in card and "pipeline_tag: text-generation" in card
 
 
 def test_a_run_from_scratch_resumes_exactly_and_with_its_own_sizes(tiny, folder, tmp_path):
@@ -561,6 +564,7 @@ def test_a_run_from_scratch_is_repeated_from_its_own_model_and_not_from_what_bec
     assert result.code == 0 and "note: the model is" not in result.out, result.err
     again = json.loads((tmp_path / "again" / "run.json").read_text(encoding="utf-8"))
     assert again["model"]["requested"] == str(tiny("bert"))
+    assert "pipeline_tag: fill-mask" in (tmp_path / "again" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert again["metrics"]["dev_loss"] == trainer.state.log_history[-1]["eval_loss"]
 
 

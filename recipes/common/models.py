@@ -79,12 +79,13 @@ BUNDLED = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are. `used` differs from `requested` only when the user allowed a fallback."""
+    """Where a model's files are. `used` differs from `requested` when the user allowed a fallback, and where the model is from scratch."""
 
     requested: str
     used: str
     folder: str
     revision: str | None = None  # the Hub's commit
+    from_scratch: bool = False  # no weight comes from `requested`
 
 
 class HubUnreachable(UserError):
@@ -402,7 +403,7 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         if not isinstance(record, dict) or not {"recipe", "model", "data", "shared_arguments", "training_arguments"} <= record.keys():
             raise ValueError("its entries are not those of a run")
         if (run / START).is_dir():  # also where the folder was moved
-            record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute()))
+            record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute())) | {"from_scratch": True}
         return record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{flag} {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None

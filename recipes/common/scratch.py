@@ -33,7 +33,7 @@ def start(shared, training, source: models.Source, tokenizer, auto_class, rows: 
         _check_same(shared, training.seed, folder)
     elif training.process_index == 0:
         _make(shared, training.seed, source, tokenizer, auto_class, rows, folder)
-    return models.Source(shared.model, str(folder), str(folder))
+    return models.Source(shared.model, str(folder), str(folder), from_scratch=True)
 
 
 def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) -> None:
