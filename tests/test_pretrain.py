@@ -16,9 +16,11 @@ from test_resume import Killed, curve, same, trained
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForMaskedLM,
     AutoTokenizer,
     BertForMaskedLM,
     BertForPreTraining,
+    BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -353,6 +355,27 @@ def test_a_run_that_draws_words_resumes_exactly(flags, tiny, folder, tmp_path):
     assert same(trained(resumed.model), trained(through.model))
 
 
+def test_a_head_that_is_the_table_of_tokens_is_not_said_to_be_drawn(tiny, tmp_path, capsys):
+    BertModel.from_pretrained(tiny("bert")).save_pretrained(tmp_path)  # an encoder alone, as sentence encoders are
+    model = models.load(models.Source("x", "x", str(tmp_path)), AutoModelForMaskedLM)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    told = "note: cls.predictions.transform.LayerNorm, cls.predictions.transform.dense: not in the checkpoint, drawn at random"
+    assert told in capsys.readouterr().out
+
+
+def test_the_untuned_model_has_the_head_that_the_run_drew(tiny, folder, tmp_path):
+    """In each call: with a learning rate of zero the run is still what it started from."""
+    BertModel.from_pretrained(tiny("bert")).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny("bert")).save_pretrained(tmp_path / "bert")
+    run = tmp_path / "run"
+    run_recipe("full", tmp_path / "bert", folder, run, *PLAIN, "--max_steps", "1", "--learning_rate", "0", "--seed", "7")
+    result = call("scripts/evaluate.py", "--run", run, "--base", "--dtype", "float32")
+    assert result.code == 0, result.err
+    table = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]["table"]
+    untuned, full = ([row["values"] for row in table if row["model"].endswith(name)] for name in ("(untuned)", "full"))
+    assert untuned == full
+
+
 def test_each_epoch_draws_other_words(tiny, folder, tmp_path):
     seen = []
 
@@ -513,6 +536,9 @@ def test_the_start_of_a_run_that_was_moved_is_found_by_evaluate(tiny, folder, tm
     scores = json.loads((tmp_path / "moved" / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
     base = next(row["values"][0] for row in scores["table"] if row["model"].startswith("start") and row["language"] == "all")
     assert base == pytest.approx(math.log(290), abs=0.2)  # it knows nothing: as likely as any other token
+    report, card = ((tmp_path / "moved" / name).read_text(encoding="utf-8") for name in ("report.html", "MODEL_CARD.md"))
+    assert "full on gpt2 from scratch" in report and "every weight was drawn at random" in report and "could not be reached" not in report
+    assert "gpt2 from scratch, trained with" in card and "could not be reached" not in card and "pipeline_tag: text-generation" in card
 
 
 def test_a_run_from_scratch_resumes_exactly_and_with_its_own_sizes(tiny, folder, tmp_path):
@@ -525,8 +551,21 @@ def test_a_run_from_scratch_resumes_exactly_and_with_its_own_sizes(tiny, folder,
                          (("--vocab_size", "280"), "--vocab_size 280: .* began with 290"), (("--seed", "7"), "--seed 7: .* began with 42")):
         with pytest.raises(UserError, match=wrong):
             run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, *other, "--resume_from_checkpoint")
-    resumed = run_recipe("full", tiny("gpt2"), folder, tmp_path / "killed", *steps, *flags, "--resume_from_checkpoint")
+    shutil.move(tmp_path / "killed", tmp_path / "moved")
+    resumed = run_recipe("full", tiny("gpt2"), folder, tmp_path / "moved", *steps, *flags, "--resume_from_checkpoint")
     assert curve(resumed, "loss") == curve(through, "loss") and same(trained(resumed.model), trained(through.model))
+
+
+def test_a_run_from_scratch_is_repeated_from_its_own_model_and_not_from_what_became_of_it(tiny, folder, tmp_path):
+    trainer = run_recipe("full", tiny("bert"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--vocab_size", "90", "--max_steps", "2")
+    config = shutil.move(tmp_path / "run" / "run.json", tmp_path / "run.json")
+    shutil.rmtree(tmp_path / "run")
+    result = call("scripts/train.py", "--config", config, "--output_dir", tmp_path / "again")
+    assert result.code == 0 and "note: the model is" not in result.out, result.err
+    again = json.loads((tmp_path / "again" / "run.json").read_text(encoding="utf-8"))
+    assert again["model"]["requested"] == str(tiny("bert"))
+    assert "pipeline_tag: fill-mask" in (tmp_path / "again" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert again["metrics"]["dev_loss"] == trainer.state.log_history[-1]["eval_loss"]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny, folder, tmp_path):
@@ -567,9 +606,27 @@ def test_a_vocabulary_smaller_than_its_alphabet_is_refused_and_a_smaller_one_tha
     tokenizer = AutoTokenizer.from_pretrained(tiny("gpt2"))
     texts = [row["text"] for row in ROWS]
     with pytest.raises(UserError, match="--vocab_size 100: .* are 257 already"):
-        scratch.train_tokenizer(tokenizer, texts, 100)
-    new = scratch.train_tokenizer(tokenizer, texts, 5000)
+        scratch.train_tokenizer(tokenizer, lambda: texts, 100)
+    new = scratch.train_tokenizer(tokenizer, lambda: texts, 5000)
     assert f"give {len(new)} tokens and no more" in capsys.readouterr().out and new.eos_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_trained_vocabulary_is_the_same_whenever_it_is_trained(kind, tiny, tmp_path):
+    """WordPiece's trainer itself numbers what goes on a word anew in each call, and its words are others then."""
+    tokenizer, texts = AutoTokenizer.from_pretrained(tiny(kind)), [row["text"] for row in ROWS]
+    one, other = (scratch.train_tokenizer(tokenizer, lambda: iter(texts), 300) for _ in range(2))
+    assert one.get_vocab() == other.get_vocab()
+    assert all(getattr(one, name) == getattr(tokenizer, name) for name in ("cls_token", "mask_token", "eos_token", "all_special_ids"))
+    text = "Are you open? 我想退货。"
+    assert one.decode(one(text)["input_ids"], skip_special_tokens=True).replace(" ", "").lower() == text.replace(" ", "").lower()
+    one.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == one.get_vocab() and again(text, text) == one(text, text)
+    if kind == "bert":
+        plain, other = (tokenizer.train_new_from_iterator(texts, 300, show_progress=False).get_vocab() for _ in range(2))
+        assert plain != other
+        assert one(text)["input_ids"][0] == one.cls_token_id and len(one(text, text)["input_ids"]) == 2 * len(one(text)["input_ids"]) - 1
 
 
 @pytest.mark.parametrize("recipe", ["lora", "adalora", "prefix", "adapter"])

@@ -236,7 +236,7 @@ def of_record(record: dict, method_class: type[Method]) -> list[str]:
     from transformers import TrainingArguments
 
     shared, method, training = (record[f"{name}_arguments"] for name in ("shared", "method", "training"))
-    if record["model"]["used"] != record["model"]["requested"] and not shared["start_from"]:
+    if record["model"]["used"] != record["model"]["requested"] and not shared["start_from"] and not shared.get("from_scratch"):
         shared = shared | {"model": record["model"]["used"]}  # a fallback, which stands for nothing else now
     own = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(SharedArguments)}
     wanted = {name: value for name, value in shared.items() if value != own.get(name) and name not in ("allow_changed", "repeats")}

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -144,9 +145,16 @@ def asked_for(task, shared: dict, method: dict, training) -> dict:
         names = ("source",) if shared.get("streaming") and split == "train" else ("sha256", "rows", "kept", "tokens", "supervised")
         fingerprint[split] = {name: counts.get(name) for name in names}
     every = training.to_dict() | shared | method | {
-        "model": f"{task.source.used}" + (f" at {task.source.revision}" if task.source.revision else ""),
-        "rows": fingerprint, "world_size": training.world_size}
+        "model": _named(asdict(task.source)), "rows": fingerprint, "world_size": training.world_size}
     return json.loads(json.dumps({name: value for name, value in every.items() if name not in FREE}, default=str))
+
+
+def _named(source: dict) -> str:
+    """A name for the model (models.Source as a dict) that stays the same when a run is repeated or moved: one from scratch stands in the
+    run folder."""
+    if source.get("from_scratch"):
+        return source["requested"]
+    return source["used"] + (f" at {source['revision']}" if source["revision"] else "")
 
 
 def check_unchanged(checkpoint: Path, asked: dict, allowed: str | None) -> list[str]:
@@ -178,8 +186,7 @@ def changed_since(path: Path, asked: dict) -> list[str]:
     before, now = record["data"]["splits"], asked["rows"]
     found = [f"the {split} data are not those of {path}" for split in sorted(before.keys() | now)
              if split not in now or any(before.get(split, {}).get(name) != value for name, value in now[split].items())]
-    used = record["model"]
-    was = used["used"] + (f" at {used['revision']}" if used["revision"] else "")
+    was = _named(record["model"])
     return found + ([f"the model is {asked['model']}, not {was} as in {path}"] if was != asked["model"] else [])
 
 

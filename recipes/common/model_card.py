@@ -7,7 +7,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from recipes.common import evaluation
-from recipes.common.plots import finite, short
+from recipes.common.plots import finite, model_name, short
 
 TEMPLATE = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True, autoescape=False)  # Markdown, not HTML
@@ -22,13 +22,13 @@ def render(record: dict, library: str) -> str:
     """
     evaluations = record.get("evaluation", {})
     results = _results(record)
-    base = record["model"]["used"]
+    base, name = record["model"]["used"], model_name(record["model"])
     data = ModelCardData(
-        base_model=None if _is_path(base) else base, library_name=library, pipeline_tag=PIPELINES[record["task"]],
+        base_model=None if _is_path(base) else base, library_name=library, pipeline_tag=_pipeline(record),
         language=sorted({row["language"] for result in evaluations.values() for row in result["table"]} - {"all"}) or None,
         datasets=_datasets(record), metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        tags=["dialogue-recipes", record["recipe"]], model_name=f"{record['recipe']}-{short(base)}", eval_results=results or None)
-    return TEMPLATE.get_template("model_card.md.jinja").render(yaml=data.to_yaml(), run=record, evaluations=evaluations, base=short(base),
+        tags=["dialogue-recipes", record["recipe"]], model_name=f"{record['recipe']}-{name}", eval_results=results or None)
+    return TEMPLATE.get_template("model_card.md.jinja").render(yaml=data.to_yaml(), run=record, evaluations=evaluations, base=name,
                                                                 library=library, cell=cell, short=short)
 
 
@@ -38,9 +38,15 @@ def cell(value) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def _pipeline(record: dict) -> str:
+    """What the Hub calls the task; an encoder, which counts the words that it is asked for, does not write text."""
+    masked = record["task"] == "pretrain" and record["data"]["splits"]["dev"]["items"] == "words"
+    return "fill-mask" if masked else PIPELINES[record["task"]]
+
+
 def _results(record: dict) -> list[EvalResult]:
     """Each score of this model over all languages; before any evaluation, those of the dev rows."""
-    kind, [name, *_] = PIPELINES[record["task"]], _datasets(record)
+    kind, [name, *_] = _pipeline(record), _datasets(record)
     scores = [("dev", key.removeprefix("dev_"), value) for key, value in record["metrics"].items()]
     if record.get("evaluation"):
         scores = [(split, heading, value) for split, result in record["evaluation"].items() for row in result["table"]

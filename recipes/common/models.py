@@ -79,12 +79,13 @@ BUNDLED = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are. `used` differs from `requested` only when the user allowed a fallback."""
+    """Where a model's files are. `used` differs from `requested` when the user allowed a fallback, and where the model is from scratch."""
 
     requested: str
     used: str
     folder: str
     revision: str | None = None  # the Hub's commit
+    from_scratch: bool = False  # no weight comes from `requested`
 
 
 class HubUnreachable(UserError):
@@ -193,15 +194,15 @@ def load(source: Source, auto_class=AutoModelForCausalLM, dtype=torch.float32, c
         model.config.classifier_pooling = pooling  # ModernBERT does it by itself
     elif pooling == "mean":
         raise UserError(f"--pooling mean: {source.used} has no pooler to replace; leave it out")
-    lacking = [] if completed else found["missing_keys"]
-    for names, what in (lacking, "not in the checkpoint, drawn at random"), (found["unexpected_keys"], "not used"):
-        if names:
-            print(f"note: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}: {what}")
+    lacking, unused = ({name.rpartition(".")[0] for name in found[keys]} for keys in ("missing_keys", "unexpected_keys"))
     # A head that is the table of tokens turned round (BERT's, for masked words) was not drawn, though parts beside it were.
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is table.weight
-    model.drawn_at_random = sorted(name for name in {name.rpartition(".")[0] for name in found["missing_keys"]}
+    model.drawn_at_random = sorted(name for name in lacking
                                    if not (tied and any(module is head for module in model.get_submodule(name).modules())))
+    for names, what in (() if completed else model.drawn_at_random, "not in the checkpoint, drawn at random"), (sorted(unused), "not used"):
+        if names:
+            print(f"note: {', '.join(names)}: {what}")
     # PEFT writes this name into adapter_config.json: a Hub id stays valid elsewhere, the path of the cached files does not.
     model.name_or_path = model.config._name_or_path = source.used if source.revision else source.folder
     return model
@@ -345,9 +346,13 @@ def source_of_run(run: Path, record: dict) -> Source:
 
 
 def load_base(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausalLM, config: dict | None = None):
-    """The untuned model that a run started from, set to stop where the run's own does."""
+    """The untuned model that a run started from, set to stop where the run's own does. What its checkpoint lacks is drawn by the run's
+    seed, so it is the same in each call, and in fp32 what the run drew."""
     record = read_record(Path(run))
-    return _ready(load(resolve(record["model"]["used"]), auto_class, dtype, **config or {}), Path(run))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record["training_arguments"]["seed"])
+        model = load(resolve(record["model"]["used"]), auto_class, dtype, **config or {})
+    return _ready(model, Path(run))
 
 
 def load_run_tokenizer(run: str | Path):
@@ -398,7 +403,7 @@ def read_record(run: Path, flag: str = "--run") -> dict:
         if not isinstance(record, dict) or not {"recipe", "model", "data", "shared_arguments", "training_arguments"} <= record.keys():
             raise ValueError("its entries are not those of a run")
         if (run / START).is_dir():  # also where the folder was moved
-            record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute()))
+            record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute())) | {"from_scratch": True}
         return record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{flag} {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None

@@ -132,6 +132,11 @@ def matrix(counts: list[list[int]], labels: list[str], label: str, xlabel: str, 
     return svg(figure, label)
 
 
+def model_name(model: dict) -> str:
+    """What to call the model of a run.json; one from scratch by what gave it its architecture or its tokenizer."""
+    return f"{short(model['requested'])} from scratch" if model.get("from_scratch") else short(model["used"] or model["requested"])
+
+
 def short(name: str) -> str:
     """A model's name as it fits beside a picture: of a path, the last part."""
     path, blank, rest = name.partition(" (")

@@ -28,7 +28,7 @@ def render(record: dict, language: str = "en") -> str:
                    for split, result in record.get("evaluation", {}).items()}
     return _page("report.html.jinja", language, run=record, curves=curves(record["history"], t, "flops" in record), evaluations=evaluations,
                  ranks=ranks(record.get("method_report", {}).get("rank_pattern", {})),
-                 title=t("{recipe} on {model}", recipe=record["recipe"], model=plots.short(record["model"]["used"])))
+                 title=t("{recipe} on {model}", recipe=record["recipe"], model=plots.model_name(record["model"])))
 
 
 def render_comparison(record: dict, language: str = "en") -> str:
@@ -43,7 +43,7 @@ def render_comparison(record: dict, language: str = "en") -> str:
                                     *((name, _text(answer)) for name, answer in sample["answers"].items())])
                           for sample in record["samples"]],
                  title=t("Comparison of {systems} on {model}", systems=", ".join(s["name"] for s in record["systems"] if not s["base"]),
-                         model=plots.short(record["model"]["used"] or record["model"]["requested"])))
+                         model=plots.model_name(record["model"])))
 
 
 def _page(template: str, language: str, **values) -> str:

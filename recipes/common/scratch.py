@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from recipes.common import models
@@ -30,14 +33,14 @@ def start(shared, training, source: models.Source, tokenizer, auto_class, rows: 
         _check_same(shared, training.seed, folder)
     elif training.process_index == 0:
         _make(shared, training.seed, source, tokenizer, auto_class, rows, folder)
-    return models.Source(shared.model, str(folder), str(folder))
+    return models.Source(shared.model, str(folder), str(folder), from_scratch=True)
 
 
 def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) -> None:
     config = models.config(source) if shared.model_type is None else _of_type(shared.model_type, source)
     changes = overrides(shared.config_overrides, config)
     if shared.vocab_size:
-        tokenizer = train_tokenizer(tokenizer, (row["text"] for row in rows()), shared.vocab_size)
+        tokenizer = train_tokenizer(tokenizer, lambda: (row["text"] for row in rows()), shared.vocab_size)
     fields = config.to_dict() | changes | {"vocab_size": len(tokenizer)}
     # The ids of special tokens are those of the new tokenizer; which layer attends how is counted out anew for another number of layers.
     fields |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -82,15 +85,40 @@ def _of_type(name: str, source):
     return config
 
 
-def train_tokenizer(tokenizer, texts: Iterable[str], size: int):
-    """A tokenizer of the same kind, with the same special tokens, and a vocabulary of `size` made of `texts`. Raises `UserError`."""
-    new = tokenizer.train_new_from_iterator(texts, size, show_progress=False)
+def train_tokenizer(tokenizer, texts: Callable[[], Iterable[str]], size: int):
+    """A tokenizer of the same kind, with the same special tokens, and a vocabulary of `size` made of what `texts` gives, the same in each
+    run. Raises `UserError`."""
+    if isinstance(tokenizer.backend_tokenizer.model, WordPiece):
+        new = _train_word_piece(tokenizer, texts, size)
+    else:
+        new = tokenizer.train_new_from_iterator(texts(), size, show_progress=False)
     if len(new) > size:
         raise UserError(f"--vocab_size {size}: the special tokens and the single characters (or bytes) of this kind of tokenizer are "
                         f"{len(new)} already: raise it")
     if len(new) < size:
         print(f"note: --vocab_size {size}: the train rows give {len(new)} tokens and no more")
     return new
+
+
+def _train_word_piece(tokenizer, texts: Callable[[], Iterable[str]], size: int):
+    """BERT's kind. Its trainer numbers the characters that go on a word in the order of a hash table, another one in each process, and what
+    it joins first depends on the numbers. Here they have theirs before it begins."""
+    new = tokenizer.train_new_from_iterator([], size, show_progress=False)  # the special tokens alone
+    own, specials, backend = new.backend_tokenizer.model, new.get_vocab(), new.backend_tokenizer
+    trained = Tokenizer(WordPiece(unk_token=own.unk_token))
+    trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    within = {character for text in texts() for word, _ in backend.pre_tokenizer.pre_tokenize_str(_normal(backend, text))
+              for character in word[1:]}
+    first = [*sorted(specials, key=specials.get), *(own.continuing_subword_prefix + character for character in sorted(within))]
+    trained.train_from_iterator(texts(), WordPieceTrainer(
+        vocab_size=size, special_tokens=first, continuing_subword_prefix=own.continuing_subword_prefix, show_progress=False))
+    backend.model = WordPiece(trained.get_vocab(), unk_token=own.unk_token, max_input_chars_per_word=own.max_input_chars_per_word,
+                              continuing_subword_prefix=own.continuing_subword_prefix)
+    return new
+
+
+def _normal(backend, text: str) -> str:
+    return backend.normalizer.normalize_str(text) if backend.normalizer else text
 
 
 def overrides(text: str | None, config) -> dict:

@@ -4,6 +4,7 @@ LANGUAGES = ("en", "zh")
 ZH = {
     "{recipe} on {model}": "{recipe}，基于 {model}",
     "Comparison of {systems} on {model}": "{systems} 的比较，基于 {model}",
+    "From scratch: every weight was drawn at random before the training.": "从头训练：训练前所有权重均随机初始化。",
     "{asked} was asked for and could not be reached; {used} was used in its place.": "请求的模型是 {asked}，但无法获取；改用了 {used}。",
     "finished": "完成于",
     "Contents": "目录",

@@ -426,7 +426,8 @@ def _make(kind, shared, source, tokenizer, facts: dict) -> Task:
 def print_report(task: Task) -> None:
     """The run's first lines on the screen: the model, and what became of the rows."""
     source, report = task.source, task.report
-    print(f"model: {source.used}" + (f" (asked for: {source.requested})" if source.used != source.requested else ""))
+    asked = f" (from scratch, after {source.requested})" if source.from_scratch else f" (asked for: {source.requested})"
+    print(f"model: {source.used}" + (asked if source.used != source.requested else ""))
     if task.lineage:
         print("goes on from: {run} ({recipe}, {steps} steps)".format(**task.lineage[-1]))
     if report.get("tokenized", {}).get("from_cache"):
