@@ -20,13 +20,14 @@ Written are OUT/compare.md, the table, OUT/report.html, the pictures, and OUT/co
 
     python -m json.tool runs/compare/compare.json
 
-command, finished, task, model {requested, used}, data {train, dev: as in run.json}, split, source, items, unit, seeds, budget, flags;
+command, finished, task, model {requested, used}, data {train, dev: as in run.json}, doctor (as in run.json) or null, configuration {flag:
+  value} of all recipes, split, source, items, unit, seeds, budget, flags, report_language;
 main_metric, metrics {metric: {title, unit, higher_is_better, digits}}, best {metric: system};
-systems: a list of {name, recipe, base, settings, status (done, partly or failed), runs: [{name, folder, seed, status (done or failed),
-  error, log, reused, still_improving, seconds, steps, tokens, dev: {...}, history}], scores: {metric: {mean, low, high, deviation, seeds,
-  against_best, against_base: {difference, low, high, p, p_holm} or null}} or null, costs: {trainable_parameters, total_parameters, seconds,
-  tokens_per_second, peak_memory_mb, disk_mb, latency}}; base is true, and runs empty, for the untuned model, and for one of classify
-  that knows nothing but how frequent each label is;
+systems: a list of {name, recipe, base, settings, configuration {flag: value}, status (done, partly or failed), runs: [{name, folder, seed,
+  status (done or failed), error, log, reused, still_improving, seconds, steps, tokens, dev: {...}, history}],
+  scores: {metric: {mean, low, high, deviation, seeds, against_best, against_base: {difference, low, high, p, p_holm} or null}} or null,
+  costs: {trainable_parameters, total_parameters, seconds, tokens_per_second, peak_memory_mb, disk_mb, latency}};
+  base is true, and runs empty, for the untuned model, and for one of classify that knows nothing but how frequent each label is;
 grid: a list of {system, by (grid or search), metric, points: [{settings, value on dev or null, chosen, run}]};
 learning_curves: a list of {system, metric, points: [{rows, value, low, high}], fit {a, b, c} or null,
   extrapolation: [{factor, rows, value, low, high, gain, gain_low, gain_high}], sentence};
@@ -56,10 +57,14 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from recipes.common import args, errors
 from recipes.common.errors import UserError
 from recipes.common.search import file_of, recipe_of
+from recipes.common.wording import LANGUAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESAMPLES = 2000
 TIMED = 5  # answers one at a time, for the latency
+# Settings of the Trainer that decide how a recipe learns; the report shows them with the recipe's own flags.
+HOW = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps",
+       "weight_decay")
 LENGTHS = ("max_steps", "num_train_epochs", "max_tokens", "max_minutes")
 
 
@@ -110,11 +115,18 @@ def main():
     record = collect(plan, chosen, grid, results, base_with, out)
     from recipes.common import comparison, report, runs
 
+    record["report_language"] = options.language or language_before(out)
     runs.write_json(out / "compare.json", record)
     (out / "compare.md").write_text(comparison.markdown(record), encoding="utf-8")
-    (out / "report.html").write_text(report.render_comparison(runs.visible(record)), encoding="utf-8")
+    (out / "report.html").write_text(report.render_comparison(runs.visible(record), record["report_language"]), encoding="utf-8")
     show(record, out)
     return 0 if any(system["scores"] for system in record["systems"] if not system["base"]) else 1
+
+
+def language_before(out: Path) -> str:
+    """The language of the report that stands in OUT, which scripts/report.py may have chosen; "en" where there is none."""
+    path = out / "compare.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("report_language", "en") if path.is_file() else "en"
 
 
 def parse(argv: list[str] | None = None):
@@ -124,13 +136,14 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--output_dir", default="runs/compare", help="folder of the comparison (default: runs/compare)")
     parser.add_argument("--seeds", type=args.positive, default=1, help="repetitions: --seed and those that follow it (default: 1)")
     parser.add_argument("--budget", help="steps:N, tokens:N or minutes:N for each run")
-    parser.add_argument("--metric", help="what decides (default: chat: loss, classify: accuracy, tag: f1, translate: bleu)")
+    parser.add_argument("--metric", help="what decides (default: chat and pretrain: loss, classify: accuracy, tag: f1, translate: bleu)")
     parser.add_argument("--grid", action="append", default=[], metavar="RECIPE.FLAG=V1,V2", help="settings to choose from, on dev")
     parser.add_argument("--search", type=args.whole, default=0, metavar="N", help="let Optuna choose settings, by N trials each, on dev")
     parser.add_argument("--data_fractions", default="1", help="shares of the train rows, as in 0.25,0.5,1 (default: 1)")
     parser.add_argument("--limit", type=args.positive, help="score the first N held-out rows only")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
     parser.add_argument("--samples", type=args.whole, default=20, help="held-out items kept with every system's answer (default: 20)")
+    parser.add_argument("--language", choices=LANGUAGES, help="of report.html: en or zh (default: as before, en at first)")
     parser.add_argument("--hardware", metavar="FILE", help="train through accelerate with this file of recipes/accelerate/")
     return parser.parse_known_args(argv)
 
@@ -408,8 +421,10 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     items = len(next(iter(counts.values()))[plan.metric]) if counts else 0
     drawn = statistics.draws(items, RESAMPLES, 0) if items else None
     found = comparison.score(systems, base, drawn) if any(name != base for name in systems) else {}
-    first = next((results[run]["record"] for run in texts), None)
+    # What all runs have in common is told from one that saw all rows, if any did.
+    first = next((results[run]["record"] for run in sorted(texts, key=lambda run: -run.fraction)), None)
     listed = [{"name": name, "recipe": str(plan.paths[name]), "base": False, "settings": dict(chosen[name]),
+               "configuration": configuration([results[run]["record"] for run in scored[name][:1]]),
                "status": "done" if len(scored[name]) == len(wanted) else "partly" if scored[name] else "failed",
                "runs": [described(run, results[run], out) for run in wanted],
                "scores": {metric: table["systems"][name] for metric, table in found.items()} if name in systems else None,
@@ -422,7 +437,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     record = {
         "command": runs.command(), "finished": datetime.now(UTC).isoformat(timespec="seconds"), "task": plan.shared.task,
         "model": first["model"] if first else {"requested": plan.shared.model, "used": None},
-        "data": first["data"]["splits"] if first else {}, "split": plan.split,
+        "data": first["data"]["splits"] if first else {}, "doctor": first["data"].get("doctor") if first else None,
+        "configuration": first["shared_arguments"] if first else {}, "split": plan.split,
         "source": first["evaluation"][plan.split]["source"] if first else None,
         "items": items, "unit": plan.kind.UNIT, "seeds": plan.seeds, "budget": plan.options.budget, "flags": plan.common,
         "main_metric": plan.metric,
@@ -495,6 +511,12 @@ def described(run: Run, result: dict, out: Path) -> dict:
             **{key: result[key] for key in ("status", "error", "log", "reused")},
             "still_improving": comparison.still_improving(record.get("history", [])),
             **{key: record.get(key) for key in ("seconds", "steps", "tokens", "history")}, "dev": record.get("metrics")}
+
+
+def configuration(records: list[dict]) -> dict:
+    """The flags of a recipe as its first run had them; none if no run ended well."""
+    return {key: value for record in records for key, value in (
+        record["method_arguments"] | {key: record["training_arguments"][key] for key in HOW}).items()}
 
 
 def costs(finished: list[tuple[dict, Path]], plan) -> dict:
@@ -579,7 +601,8 @@ def show(record: dict, out: Path) -> None:
     print()
     for line in record["advice"]:
         print(line)
-    print(f"\n{out / 'compare.md'}, {out / 'compare.json'}; logs in {out / 'logs'}")
+    print(f"\npictures and answers side by side: {out / 'report.html'}; tables: {out / 'compare.md'}, {out / 'compare.json'}; "
+          f"logs in {out / 'logs'}")
 
 
 if __name__ == "__main__":
