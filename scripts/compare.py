@@ -5,7 +5,8 @@
 All flags that are not this script's go to every recipe (--task, --data, --max_length ...); those of one recipe stand in --grid. Each
 training and each scoring is a process of its own, whose output is in OUT/logs. Started again with the same flags, the script goes on:
 finished runs are reused, broken ones continued; recipes, seeds, settings and fractions may be added. A run that fails is shown as failed
-and stops no other; the exit status is 1 only if no run ended well.
+and stops no other; the exit status is 1 only if no run ended well. The checkpoints of a finished run are deleted. Ctrl-C ends the step,
+with a checkpoint from which the same command goes on.
 
 --budget steps:N trains N steps; tokens:N about N tokens, with a whole schedule; minutes:N as many steps as the time allows. A schedule
 would be cut there, so the learning rate is then constant after 10 steps, unless --lr_scheduler_type says otherwise. Without a budget, each
@@ -43,6 +44,8 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -281,15 +284,41 @@ CHILDREN = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
 
 
 def call(command: list[str], log: Path) -> int:
-    """Run a command of this project, its output into `log`; its exit status."""
+    """Run a command of this project, its output into `log`; its exit status.
+
+    Ctrl-C or a signal that ends this script is handed to the command, which ends its step and writes a checkpoint; a second one ends it at
+    once. It has a session of its own, as the terminal would send it Ctrl-C once more. Raises `UserError` when it has ended.
+    """
+    told = []
+
+    def hand_on(number, frame):
+        told.append(number)
+        process.send_signal(signal.SIGTERM)
+        print("\nstopping after this step (once more: at once) ...", flush=True)
+
+    path = os.pathsep.join(filter(None, [str(ROOT), CHILDREN.get("PYTHONPATH")]))
     with log.open("w", encoding="utf-8") as file:
         file.write(" ".join(command) + "\n")
         file.flush()
-        path = os.pathsep.join(filter(None, [str(ROOT), CHILDREN.get("PYTHONPATH")]))
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=CHILDREN | {"PYTHONPATH": path},
+                                   start_new_session=True)
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) != signal.SIG_IGN}  # as nohup asks for
         try:
-            return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=CHILDREN | {"PYTHONPATH": path}).returncode
-        except KeyboardInterrupt:
-            raise UserError("interrupted; the same command goes on from here") from None
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if told:
+        raise UserError("interrupted; the same command goes on from here")
+    return status
+
+
+def why(status: int, log: Path) -> str:
+    """What became of a process that failed: the signal that ended it, or what it said at last."""
+    if status >= 0:
+        return last_words(log)
+    return f"ended by signal {signal.Signals(-status).name}" + (", as when memory runs out" if status == -signal.SIGKILL else "")
 
 
 def last_words(log: Path) -> str:
@@ -311,9 +340,11 @@ def train(run: Run, plan, out: Path, position: str) -> dict:
         status = call([sys.executable, *launcher, str(ROOT / "scripts/train.py"), "--recipe", str(plan.paths[run.system]), *plan.common,
                        *run.flags, "--output_dir", str(folder), *resume], log)
         if status and not (folder / "run.json").is_file():
-            result |= {"status": "failed", "error": last_words(log)}
+            result |= {"status": "failed", "error": why(status, log)}
             print(f"FAILED after {time.monotonic() - begun:.0f} s: {result['error']} ({log})")
             return result
+    for checkpoint in folder.glob("checkpoint-*"):  # several times the size of the model, and needed no more
+        shutil.rmtree(checkpoint)
     record = result["record"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     loss = float(record["metrics"]["dev_loss"])
     if not math.isfinite(loss):
@@ -334,8 +365,8 @@ def score(run: Run, result: dict, plan, out: Path, base: bool) -> None:
     if before.get("how") == how and (before["base"] or not base) and plan.split in result["record"].get("evaluation", {}):
         return
     print(f"scoring {run.name}{' and the untuned model' if base else ''} ...", flush=True)
-    if call([sys.executable, str(ROOT / "scripts/evaluate.py"), "--run", str(folder), *how, *(["--base"] if base else [])], log):
-        result |= {"status": "failed", "error": f"scoring failed: {last_words(log)}", "log": str(log)}
+    if status := call([sys.executable, str(ROOT / "scripts/evaluate.py"), "--run", str(folder), *how, *(["--base"] if base else [])], log):
+        result |= {"status": "failed", "error": f"scoring failed: {why(status, log)}", "log": str(log)}
         print(f"FAILED: {result['error']} ({log})")
         return
     result["record"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -382,8 +413,8 @@ def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
     if not path.is_file():
         command = [sys.executable, "-m", "recipes.common.search", "--recipe", str(plan.paths[name]), "--trials", str(plan.options.search),
                    "--result", str(path), *plan.common, *Run(name, plan.seeds[0], fixed).flags, "--output_dir", str(out / f"search-{name}")]
-        if call(command, log):
-            print(f"FAILED: {last_words(log)} ({log}); {name} is trained with its defaults")
+        if status := call(command, log):
+            print(f"FAILED: {why(status, log)} ({log}); {name} is trained with its defaults")
             return {"system": name, "by": "search", "metric": "loss", "points": []}
     found = json.loads(path.read_text(encoding="utf-8"))
     points = [{"settings": trial["settings"], "value": float(trial["dev_loss"]) if trial["state"] == "COMPLETE" else None,

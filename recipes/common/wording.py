@@ -235,7 +235,7 @@ def sentence_in(language: str):
     name = name_in(language)
     how = dict.fromkeys(("metric", "unit", "split"), name)  # parts that have a name in Chinese
     how["names"] = lambda names: re.sub(r", | and ", "、", names)
-    how["found"] = lambda kinds: re.sub("([^,]+?) in ([0-9]+)(, )?", lambda one: f"{name(one[1])} {one[2]} 行{one[3] and '，' or ''}", kinds)
+    how["found"] = lambda kinds: re.sub("([^,]+?) in ([0-9]+)", lambda one: f"{name(one[1].strip())} {one[2]} 行", kinds)
 
     def told(sentence: str) -> str:
         for english, pattern in _PATTERNS.items():
