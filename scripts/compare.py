@@ -462,7 +462,7 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                "costs": costs([(results[run]["record"], out / run.name) for run in scored[name]], plan)} for name, wanted in own.items()]
     if base and found:
         latency = results[base_with]["record"]["evaluation"][plan.split]["latency"].get(model)
-        listed.append({"name": base, "recipe": None, "base": True, "settings": {}, "status": "done", "runs": [],
+        listed.append({"name": base, "recipe": None, "base": True, "settings": {}, "configuration": {}, "status": "done", "runs": [],
                        "scores": {metric: table["systems"][base] for metric, table in found.items()},
                        "costs": {"trainable_parameters": 0, "disk_mb": 0.0, "latency": latency and float(latency)}})
     record = {
@@ -490,6 +490,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                             if run.fraction < 1 and result["status"] == "failed"]
         if plan.fractions != [1]:
             record["notes"].append("shares of the data have the same budget as all of it: a small share is read more often")
+        if any(len(curve["points"]) == 3 for curve in record["learning_curves"]):
+            record["notes"].append("three amounts of data fit any such curve: a fourth would test it")
     record["advice"] = comparison.advice(record) + [f"{curve['system']}: {curve['sentence']}" for curve in record["learning_curves"]]
     return record
 

@@ -160,6 +160,15 @@ def test_the_table_fits_the_screen_and_markdown_holds_every_interval(compared):
     assert record["advice"][0] in text
 
 
+def test_the_record_says_how_each_was_trained(compared):
+    out, _, printed, record = compared
+    assert record["configuration"]["max_length"] == 128 and "sentences" in record["doctor"]
+    own = {system["name"]: system["configuration"] for system in record["systems"]}
+    assert own["lora"]["rank"] == 8 and own["full"]["learning_rate"] == 0.02 and own["full"]["per_device_train_batch_size"] == 2
+    assert own["broken"] == {} and record["report_language"] == "en"
+    assert f"{out / 'report.html'}" in printed and 'id="training"' in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_samples_hold_every_answer(compared):
     out, _, _, record = compared
     assert len(record["samples"]) == 10  # all assistant turns of 6 dialogues, fewer than 20
@@ -320,10 +329,13 @@ def test_optuna_chooses_within_its_space(go, tmp_path):
 
 def test_a_curve_over_shares_of_the_data(go, tmp_path):
     out = tmp_path / "out"
-    go(out, "--recipes", "lora", "--data_fractions", "0.25,0.5,1", "--num_train_epochs", "1")
+    go(out, "--recipes", "lora", "--data_fractions", "0.25,0.5,1", "--num_train_epochs", "1", "--language", "zh")
+    assert '<html lang="zh-CN">' in (out / "report.html").read_text(encoding="utf-8") and compare.language_before(out) == "zh"
     record = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     [curve] = record["learning_curves"]
     assert [point["rows"] for point in curve["points"]] == [3, 6, 12]
+    assert any("a fourth would test it" in note for note in record["notes"])
+    assert record["data"]["train"]["kept"] == 12  # the report's facts are of a run on all rows
     assert [point["rows"] for point in curve["extrapolation"]] == [24, 48]
     assert curve["points"][2]["value"] == record["systems"][0]["scores"]["loss"]["mean"]
     assert all(point["low"] <= point["high"] for point in curve["points"] + curve["extrapolation"])

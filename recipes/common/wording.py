@@ -180,6 +180,7 @@ SENTENCES = {
     "{name}: no settings could be chosen, as all that were tried failed: it has its defaults": "{name}：尝试的设置全部失败，用的是默认设置",
     "{name} failed, so this point is missing: {error}": "{name} 失败，缺这个点：{error}",
     "shares of the data have the same budget as all of it: a small share is read more often": "各份数据的预算相同：份额小的会被多读几遍",
+    "three amounts of data fit any such curve: a fourth would test it": "三种数据量总能配上这样一条曲线：第四种才能检验它",
     # what the checks of the data found (doctor.py)
     "{n} of {rows} train rows repeat an earlier one word for word": "训练集 {rows} 行中有 {n} 行与前面的一字不差",
     "{n} of {rows} dev rows stand in train word for word, so dev scores are too good":
