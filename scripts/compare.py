@@ -5,7 +5,8 @@
 All flags that are not this script's go to every recipe (--task, --data, --max_length ...); those of one recipe stand in --grid. Each
 training and each scoring is a process of its own, whose output is in OUT/logs. Started again with the same flags, the script goes on:
 finished runs are reused, broken ones continued; recipes, seeds, settings and fractions may be added. A run that fails is shown as failed
-and stops no other; the exit status is 1 only if no run ended well.
+and stops no other; the exit status is 1 only if no run ended well. The checkpoints of a finished run are deleted. Ctrl-C ends the step,
+with a checkpoint from which the same command goes on.
 
 --budget steps:N trains N steps; tokens:N about N tokens, with a whole schedule; minutes:N as many steps as the time allows. A schedule
 would be cut there, so the learning rate is then constant after 10 steps, unless --lr_scheduler_type says otherwise. Without a budget, each
@@ -20,13 +21,14 @@ Written are OUT/compare.md, the table, OUT/report.html, the pictures, and OUT/co
 
     python -m json.tool runs/compare/compare.json
 
-command, finished, task, model {requested, used}, data {train, dev: as in run.json}, split, source, items, unit, seeds, budget, flags;
+command, finished, task, model {requested, used}, data {train, dev: as in run.json}, doctor (as in run.json) or null, configuration {flag:
+  value} of all recipes, split, source, items, unit, seeds, budget, flags, report_language;
 main_metric, metrics {metric: {title, unit, higher_is_better, digits}}, best {metric: system};
-systems: a list of {name, recipe, base, settings, status (done, partly or failed), runs: [{name, folder, seed, status (done or failed),
-  error, log, reused, still_improving, seconds, steps, tokens, dev: {...}, history}], scores: {metric: {mean, low, high, deviation, seeds,
-  against_best, against_base: {difference, low, high, p, p_holm} or null}} or null, costs: {trainable_parameters, total_parameters, seconds,
-  tokens_per_second, peak_memory_mb, disk_mb, latency}}; base is true, and runs empty, for the untuned model, and for one of classify
-  that knows nothing but how frequent each label is;
+systems: a list of {name, recipe, base, settings, configuration {flag: value}, status (done, partly or failed), runs: [{name, folder, seed,
+  status (done or failed), error, log, reused, still_improving, seconds, steps, tokens, dev: {...}, history}],
+  scores: {metric: {mean, low, high, deviation, seeds, against_best, against_base: {difference, low, high, p, p_holm} or null}} or null,
+  costs: {trainable_parameters, total_parameters, seconds, tokens_per_second, peak_memory_mb, disk_mb, latency}};
+  base is true, and runs empty, for the untuned model, and for one of classify that knows nothing but how frequent each label is;
 grid: a list of {system, by (grid or search), metric, points: [{settings, value on dev or null, chosen, run}]};
 learning_curves: a list of {system, metric, points: [{rows, value, low, high}], fit {a, b, c} or null,
   extrapolation: [{factor, rows, value, low, high, gain, gain_low, gain_high}], sentence};
@@ -43,6 +45,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,10 +62,14 @@ from recipes.common import args, errors
 from recipes.common.errors import UserError
 from recipes.common.redaction import redacted
 from recipes.common.search import file_of, recipe_of
+from recipes.common.wording import LANGUAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESAMPLES = 2000
 TIMED = 5  # answers one at a time, for the latency
+# Settings of the Trainer that decide how a recipe learns; the report shows them with the recipe's own flags.
+HOW = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps",
+       "weight_decay")
 LENGTHS = ("max_steps", "num_train_epochs", "max_tokens", "max_minutes")
 
 
@@ -112,12 +120,19 @@ def main():
     record = collect(plan, chosen, grid, results, base_with, out)
     from recipes.common import comparison, report, runs
 
+    record["report_language"] = options.language or language_before(out)
     record = redacted(record)
     runs.write_json(out / "compare.json", record)
     (out / "compare.md").write_text(comparison.markdown(record), encoding="utf-8")
-    (out / "report.html").write_text(report.render_comparison(runs.visible(record)), encoding="utf-8")
+    (out / "report.html").write_text(report.render_comparison(runs.visible(record), record["report_language"]), encoding="utf-8")
     show(record, out)
     return 0 if any(system["scores"] for system in record["systems"] if not system["base"]) else 1
+
+
+def language_before(out: Path) -> str:
+    """The language of the report that stands in OUT, which scripts/report.py may have chosen; "en" where there is none."""
+    path = out / "compare.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("report_language", "en") if path.is_file() else "en"
 
 
 def parse(argv: list[str] | None = None):
@@ -127,13 +142,14 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--output_dir", default="runs/compare", help="folder of the comparison (default: runs/compare)")
     parser.add_argument("--seeds", type=args.positive, default=1, help="repetitions: --seed and those that follow it (default: 1)")
     parser.add_argument("--budget", help="steps:N, tokens:N or minutes:N for each run")
-    parser.add_argument("--metric", help="what decides (default: chat: loss, classify: accuracy, tag: f1, translate: bleu)")
+    parser.add_argument("--metric", help="what decides (default: chat and pretrain: loss, classify: accuracy, tag: f1, translate: bleu)")
     parser.add_argument("--grid", action="append", default=[], metavar="RECIPE.FLAG=V1,V2", help="settings to choose from, on dev")
     parser.add_argument("--search", type=args.whole, default=0, metavar="N", help="let Optuna choose settings, by N trials each, on dev")
     parser.add_argument("--data_fractions", default="1", help="shares of the train rows, as in 0.25,0.5,1 (default: 1)")
     parser.add_argument("--limit", type=args.positive, help="score the first N held-out rows only")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
     parser.add_argument("--samples", type=args.whole, default=20, help="held-out items kept with every system's answer (default: 20)")
+    parser.add_argument("--language", choices=LANGUAGES, help="of report.html: en or zh (default: as before, en at first)")
     parser.add_argument("--hardware", metavar="FILE", help="train through accelerate with this file of recipes/accelerate/")
     return parser.parse_known_args(argv)
 
@@ -271,17 +287,43 @@ CHILDREN = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
 
 
 def call(command: list[str], log: Path) -> int:
-    """Run a command of this project, its output into `log`; its exit status."""
+    """Run a command of this project, its output into `log`; its exit status.
+
+    Ctrl-C or a signal that ends this script is handed to the command, which ends its step and writes a checkpoint; a second one ends it at
+    once. It has a session of its own, as the terminal would send it Ctrl-C once more. Raises `UserError` when it has ended.
+    """
+    told = []
+
+    def hand_on(number, frame):
+        told.append(number)
+        process.send_signal(signal.SIGTERM)
+        print("\nstopping after this step (once more: at once) ...", flush=True)
+
+    path = os.pathsep.join(filter(None, [str(ROOT), CHILDREN.get("PYTHONPATH")]))
     with log.open("w", encoding="utf-8") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
-        path = os.pathsep.join(filter(None, [str(ROOT), CHILDREN.get("PYTHONPATH")]))
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=CHILDREN | {"PYTHONPATH": path},
+                                   start_new_session=True)
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                  if signal.getsignal(number) != signal.SIG_IGN}  # as nohup asks for
         try:
-            return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=CHILDREN | {"PYTHONPATH": path}).returncode
-        except KeyboardInterrupt:
-            raise UserError("interrupted; the same command goes on from here") from None
-        finally:  # accelerate launch repeats the whole command when it fails
-            log.write_text(redacted(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    # accelerate launch repeats the whole command when it fails
+    log.write_text(redacted(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+    if told:
+        raise UserError("interrupted; the same command goes on from here")
+    return status
+
+
+def why(status: int, log: Path) -> str:
+    """What became of a process that failed: the signal that ended it, or what it said at last."""
+    if status >= 0:
+        return last_words(log)
+    return f"ended by signal {signal.Signals(-status).name}" + (", as when memory runs out" if status == -signal.SIGKILL else "")
 
 
 def last_words(log: Path) -> str:
@@ -303,9 +345,11 @@ def train(run: Run, plan, out: Path, position: str) -> dict:
         status = call([sys.executable, *launcher, str(ROOT / "scripts/train.py"), "--recipe", str(plan.paths[run.system]), *plan.common,
                        *run.flags, "--output_dir", str(folder), *resume], log)
         if status and not (folder / "run.json").is_file():
-            result |= {"status": "failed", "error": last_words(log)}
+            result |= {"status": "failed", "error": why(status, log)}
             print(f"FAILED after {time.monotonic() - begun:.0f} s: {result['error']} ({log})")
             return result
+    for checkpoint in folder.glob("checkpoint-*"):  # several times the size of the model, and needed no more
+        shutil.rmtree(checkpoint)
     record = result["record"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     loss = float(record["metrics"]["dev_loss"])
     if not math.isfinite(loss):
@@ -326,8 +370,8 @@ def score(run: Run, result: dict, plan, out: Path, base: bool) -> None:
     if before.get("how") == how and (before["base"] or not base) and plan.split in result["record"].get("evaluation", {}):
         return
     print(f"scoring {run.name}{' and the untuned model' if base else ''} ...", flush=True)
-    if call([sys.executable, str(ROOT / "scripts/evaluate.py"), "--run", str(folder), *how, *(["--base"] if base else [])], log):
-        result |= {"status": "failed", "error": f"scoring failed: {last_words(log)}", "log": str(log)}
+    if status := call([sys.executable, str(ROOT / "scripts/evaluate.py"), "--run", str(folder), *how, *(["--base"] if base else [])], log):
+        result |= {"status": "failed", "error": f"scoring failed: {why(status, log)}", "log": str(log)}
         print(f"FAILED: {result['error']} ({log})")
         return
     result["record"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -374,8 +418,8 @@ def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
     if not path.is_file():
         command = [sys.executable, "-m", "recipes.common.search", "--recipe", str(plan.paths[name]), "--trials", str(plan.options.search),
                    "--result", str(path), *plan.common, *Run(name, plan.seeds[0], fixed).flags, "--output_dir", str(out / f"search-{name}")]
-        if call(command, log):
-            print(f"FAILED: {last_words(log)} ({log}); {name} is trained with its defaults")
+        if status := call(command, log):
+            print(f"FAILED: {why(status, log)} ({log}); {name} is trained with its defaults")
             return {"system": name, "by": "search", "metric": "loss", "points": []}
     found = json.loads(path.read_text(encoding="utf-8"))
     points = [{"settings": trial["settings"], "value": float(trial["dev_loss"]) if trial["state"] == "COMPLETE" else None,
@@ -413,21 +457,24 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     items = len(next(iter(counts.values()))[plan.metric]) if counts else 0
     drawn = statistics.draws(items, RESAMPLES, 0) if items else None
     found = comparison.score(systems, base, drawn) if any(name != base for name in systems) else {}
-    first = next((results[run]["record"] for run in texts), None)
+    # What all runs have in common is told from one that saw all rows, if any did.
+    first = next((results[run]["record"] for run in sorted(texts, key=lambda run: -run.fraction)), None)
     listed = [{"name": name, "recipe": str(plan.paths[name]), "base": False, "settings": dict(chosen[name]),
+               "configuration": configuration([results[run]["record"] for run in scored[name][:1]]),
                "status": "done" if len(scored[name]) == len(wanted) else "partly" if scored[name] else "failed",
                "runs": [described(run, results[run], out) for run in wanted],
                "scores": {metric: table["systems"][name] for metric, table in found.items()} if name in systems else None,
                "costs": costs([(results[run]["record"], out / run.name) for run in scored[name]], plan)} for name, wanted in own.items()]
     if base and found:
         latency = results[base_with]["record"]["evaluation"][plan.split]["latency"].get(model)
-        listed.append({"name": base, "recipe": None, "base": True, "settings": {}, "status": "done", "runs": [],
+        listed.append({"name": base, "recipe": None, "base": True, "settings": {}, "configuration": {}, "status": "done", "runs": [],
                        "scores": {metric: table["systems"][base] for metric, table in found.items()},
                        "costs": {"trainable_parameters": 0, "disk_mb": 0.0, "latency": latency and float(latency)}})
     record = {
         "command": runs.command(), "finished": datetime.now(UTC).isoformat(timespec="seconds"), "task": plan.shared.task,
         "model": first["model"] if first else {"requested": plan.shared.model, "used": None},
-        "data": first["data"]["splits"] if first else {}, "split": plan.split,
+        "data": first["data"]["splits"] if first else {}, "doctor": first["data"].get("doctor") if first else None,
+        "configuration": first["shared_arguments"] if first else {}, "split": plan.split,
         "source": first["evaluation"][plan.split]["source"] if first else None,
         "items": items, "unit": plan.kind.UNIT, "seeds": plan.seeds, "budget": plan.options.budget, "flags": plan.common,
         "main_metric": plan.metric,
@@ -448,6 +495,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                             if run.fraction < 1 and result["status"] == "failed"]
         if plan.fractions != [1]:
             record["notes"].append("shares of the data have the same budget as all of it: a small share is read more often")
+        if any(len(curve["points"]) == 3 for curve in record["learning_curves"]):
+            record["notes"].append("three amounts of data fit any such curve: a fourth would test it")
     record["advice"] = comparison.advice(record) + [f"{curve['system']}: {curve['sentence']}" for curve in record["learning_curves"]]
     return record
 
@@ -500,6 +549,12 @@ def described(run: Run, result: dict, out: Path) -> dict:
             **{key: result[key] for key in ("status", "error", "log", "reused")},
             "still_improving": comparison.still_improving(record.get("history", [])),
             **{key: record.get(key) for key in ("seconds", "steps", "tokens", "history")}, "dev": record.get("metrics")}
+
+
+def configuration(records: list[dict]) -> dict:
+    """The flags of a recipe as its first run had them; none if no run ended well."""
+    return {key: value for record in records for key, value in (
+        record["method_arguments"] | {key: record["training_arguments"][key] for key in HOW}).items()}
 
 
 def costs(finished: list[tuple[dict, Path]], plan) -> dict:
@@ -584,7 +639,8 @@ def show(record: dict, out: Path) -> None:
     print()
     for line in record["advice"]:
         print(line)
-    print(f"\n{out / 'compare.md'}, {out / 'compare.json'}; logs in {out / 'logs'}")
+    print(f"\npictures and answers side by side: {out / 'report.html'}; tables: {out / 'compare.md'}, {out / 'compare.json'}; "
+          f"logs in {out / 'logs'}")
 
 
 if __name__ == "__main__":

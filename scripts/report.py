@@ -2,7 +2,7 @@
 
     python scripts/report.py --run runs/lora-gpt2 --language zh
 
-The language is kept for the reports that later evaluations write.
+The language is kept for the reports that later evaluations and comparisons write.
 """
 
 import argparse
@@ -30,7 +30,9 @@ def main():
             record = json.loads(comparison.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{comparison} is damaged ({error}): run scripts/compare.py again") from error
-        (folder / "report.html").write_text(report.render_comparison(record, options.language or "en"), encoding="utf-8")
+        record["report_language"] = options.language or record.get("report_language", "en")
+        runs.write_json(comparison, record)
+        (folder / "report.html").write_text(report.render_comparison(record, record["report_language"]), encoding="utf-8")
     else:
         record = models.read_record(folder)
         if options.language:

@@ -7,11 +7,15 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -156,6 +160,15 @@ def test_the_table_fits_the_screen_and_markdown_holds_every_interval(compared):
     assert record["advice"][0] in text
 
 
+def test_the_record_says_how_each_was_trained(compared):
+    out, _, printed, record = compared
+    assert record["configuration"]["max_length"] == 128 and "sentences" in record["doctor"]
+    own = {system["name"]: system["configuration"] for system in record["systems"]}
+    assert own["lora"]["rank"] == 8 and own["full"]["learning_rate"] == 0.02 and own["full"]["per_device_train_batch_size"] == 2
+    assert own["broken"] == {} and record["report_language"] == "en"
+    assert f"{out / 'report.html'}" in printed and 'id="training"' in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_samples_hold_every_answer(compared):
     out, _, _, record = compared
     assert len(record["samples"]) == 10  # all assistant turns of 6 dialogues, fewer than 20
@@ -193,11 +206,52 @@ def test_rows_that_changed_in_between_are_not_compared(compared, go, tmp_path):
 def test_an_interrupted_run_is_continued(go, tmp_path):
     out = tmp_path / "out"
     words = ["--recipes", "lora", "--budget", "steps:3", "--save_strategy", "steps", "--save_steps", "1"]
-    go(out, *words)
+    _, _, [training, *_] = go(out, *words)
+    assert not list((out / "lora-seed42").glob("checkpoint-*"))  # of a finished run, they only take room
+    shutil.rmtree(out / "lora-seed42")
+    assert test_cli.call(*shlex.split(training)[1:]).code == 0
     (out / "lora-seed42/run.json").unlink()
     _, _, calls = go(out, *words)
     assert "--resume_from_checkpoint" in calls[0]
     assert "resuming from" in (out / "logs/lora-seed42.log").read_text(encoding="utf-8")
+
+
+WAITING = """
+import signal, sys, time
+def end(number, frame):
+    print("checkpoint written", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+print("training", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_handed_to_the_training_which_ends_in_its_own_way(number, tmp_path):
+    log, ignored, own = tmp_path / "log", signal.getsignal(number), signal.default_int_handler
+    signal.signal(number, own)  # where tests run in the background, SIGINT is ignored
+
+    def interrupt():
+        while not log.is_file() or "\ntraining" not in log.read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(UserError, match="interrupted; the same command goes on from here"):
+        compare.call([sys.executable, "-c", WAITING], log)
+    thread.join()
+    assert "checkpoint written" in log.read_text(encoding="utf-8") and signal.getsignal(number) == own
+    signal.signal(number, ignored)
+
+
+def test_a_process_that_was_killed_is_not_quoted(tmp_path):
+    log = tmp_path / "log"
+    status = compare.call([sys.executable, "-c", "import os; print('100%|##| 3/3', flush=True); os.kill(os.getpid(), 9)"], log)
+    assert compare.why(status, log) == "ended by signal SIGKILL, as when memory runs out"
+    status = compare.call([sys.executable, "-c", "print('error: no such thing'); exit(1)"], log)
+    assert compare.why(status, log) == "no such thing"
 
 
 def test_when_all_fail_the_exit_status_says_so(go, broken, tmp_path):
@@ -275,10 +329,13 @@ def test_optuna_chooses_within_its_space(go, tmp_path):
 
 def test_a_curve_over_shares_of_the_data(go, tmp_path):
     out = tmp_path / "out"
-    go(out, "--recipes", "lora", "--data_fractions", "0.25,0.5,1", "--num_train_epochs", "1")
+    go(out, "--recipes", "lora", "--data_fractions", "0.25,0.5,1", "--num_train_epochs", "1", "--language", "zh")
+    assert '<html lang="zh-CN">' in (out / "report.html").read_text(encoding="utf-8") and compare.language_before(out) == "zh"
     record = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     [curve] = record["learning_curves"]
     assert [point["rows"] for point in curve["points"]] == [3, 6, 12]
+    assert any("a fourth would test it" in note for note in record["notes"])
+    assert record["data"]["train"]["kept"] == 12  # the report's facts are of a run on all rows
     assert [point["rows"] for point in curve["extrapolation"]] == [24, 48]
     assert curve["points"][2]["value"] == record["systems"][0]["scores"]["loss"]["mean"]
     assert all(point["low"] <= point["high"] for point in curve["points"] + curve["extrapolation"])

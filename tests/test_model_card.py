@@ -41,6 +41,11 @@ def test_the_card_says_what_run_json_says(recipe, library, tiny, folder, tmp_pat
                  "| 4 dialogues |"):
         assert fact in card.text
     tables = [line.count("|") - line.count("\\|") for line in card.text.splitlines() if line.startswith("| test")]
+    for name, scores in record["evaluation"]["test"]["intervals"].items():
+        for heading, one in scores.items():
+            value, low = model_card.cell(one["value"]), model_card.cell(one["low"])
+            assert f"| {model_card.short(name)} | {heading} | {value} | {low} |" in card.text
+    assert record["data"]["doctor"]["sentences"] and all(f"- {one}" in card.text for one in record["data"]["doctor"]["sentences"])
     assert len(tables) == 6 and set(tables) == {5 + 9}
 
 

@@ -11,18 +11,21 @@ from html.parser import HTMLParser
 import pytest
 from conftest import DIALOGUES, ROOT
 from test_cli import call, refused
+from test_compare import of_means, recorded
 from test_methods import run_recipe
 from test_scripts import check_page
 
-from recipes.common import models, plots, report, runs
-from recipes.common.wording import LANGUAGES, ZH, name_in, wording
+from recipes.common import comparison, doctor, models, plots, report, runs, statistics
+from recipes.common.wording import LANGUAGES, SENTENCES, ZH, name_in, sentence_in, wording
 
 HOSTILE = '<script>alert("&amp;")</script>'
 LONG = "W" * 300
+FEW = "warning: 5 held-out dialogues are few: intervals of so few are too narrow, and small differences can't be seen"
+TOO_FEW = "can't tell what more data would bring: 2 amounts of data are too few for a curve"
 HAN = re.compile("[\u4e00-\u9fff]")
 TEMPLATES = sorted((ROOT / "recipes/common").glob("*.html.jinja"))
 RUN_SECTIONS = ("results", "training", "scores", "answers", "data", "configuration", "machine", "repeat")
-COMPARISON_SECTIONS = ("advice", "scores", "costs", "learning", "answers", "data", "runs", "machine", "repeat")
+COMPARISON_SECTIONS = ("advice", "scores", "costs", "training", "learning", "answers", "data", "configuration", "runs", "machine", "repeat")
 
 
 @pytest.fixture(scope="module")
@@ -54,31 +57,36 @@ def record(run):
 def system(name: str, base: bool = False) -> dict:
     score = {"mean": 3.2, "low": 3.0, "high": 3.5, "deviation": None, "seeds": [3.2], "against_base": None,
              "against_best": None if name == "lora" else {"difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.03, "p_holm": 0.06}}
-    one = {"name": f"{name}-seed42", "status": "done", "error": None, "dev": {"dev_loss": 3.1}, "seconds": 12.5, "steps": 10}
+    one = {"name": f"{name}-seed42", "status": "done", "error": None, "dev": {"dev_loss": 3.1}, "seconds": 12.5, "steps": 10,
+           "history": [{"step": step, "loss": 4 - step / 10, "eval_loss": 3.9 - step / 10, "learning_rate": 1e-4, "grad_norm": 1.0,
+                        "eval_bleu": step, "eval_runtime": 1.0} for step in (5, 10)]}
     costs = {"trainable_parameters": 1000, "total_parameters": 9000, "seconds": 12.5, "tokens_per_second": 800, "peak_memory_mb": 700,
              "disk_mb": 1.5, "latency": 0.2}
-    return {"name": name, "recipe": name, "base": base, "settings": {"rank": 8}, "status": "done", "runs": [] if base else [one],
+    return {"name": name, "recipe": name, "base": base, "settings": {"rank": 8},
+            "configuration": {} if base else {"rank": 8, "weight_decay": 0.01}, "status": "done", "runs": [] if base else [one],
             "scores": {"loss": score} | ({} if base else {"bleu": {**score, "mean": "nan"}}), "costs": {"latency": 0.3} if base else costs}
 
 
 @pytest.fixture(scope="module")
-def comparison(record):
+def compared(record):
     """compare.json as scripts/compare.py describes it: two recipes, the untuned model, and one that failed."""
     broken = {"name": "prefix-seed42", "status": "failed", "error": HOSTILE, "dev": None, "seconds": None, "steps": None}
-    failed = system("prefix") | {"status": "failed", "scores": None, "costs": {}, "runs": [broken]}
+    failed = system("prefix") | {"status": "failed", "scores": None, "costs": {}, "runs": [broken], "configuration": {}}
     points = [{"rows": n, "value": 4 - n / 100, "low": 3.8 - n / 100, "high": 4.2 - n / 100} for n in (25, 50, 100)]
     return {
         **{key: record[key] for key in ("finished", "model", "hardware", "versions", "command", "task")},
-        "data": record["data"]["splits"], "split": "test", "source": "test.jsonl", "items": 5, "unit": "dialogues", "seeds": [42],
+        "data": record["data"]["splits"], "doctor": record["data"]["doctor"], "configuration": record["shared_arguments"],
+        "split": "test", "source": "test.jsonl", "items": 5, "unit": "dialogues", "seeds": [42],
         "budget": "steps:10", "flags": [], "main_metric": "loss", "best": {"loss": "lora", "bleu": None},
         "metrics": {"loss": {"title": "loss", "unit": "nats", "higher_is_better": False, "digits": 3},
                     "bleu": {"title": "BLEU", "unit": "0-100", "higher_is_better": True, "digits": 2}},
         "systems": [system("lora"), system("full"), system("tiny (untuned)", base=True), failed],
         "grid": [{"system": "lora", "by": "grid", "metric": "loss", "points": [{"settings": {"rank": 4}, "value": None, "chosen": True}]}],
-        "learning_curves": [{"system": "lora", "metric": "loss", "points": points, "fit": None, "sentence": "twice the rows help",
+        "learning_curves": [{"system": "lora", "metric": "loss", "points": points, "fit": None, "sentence": TOO_FEW,
                              "extrapolation": [{"factor": 2, "rows": 200, "value": 2.5, "low": 2.2, "high": "nan"}]}],
-        "samples": [{"context": [["system", "s"], ["user", HOSTILE]], "reference": ["好的", "行"], "answers": {"lora": LONG, "full": ""}}],
-        "advice": ["take lora", "warning: 5 held-out dialogues are few"], "notes": []}
+        "samples": [{"context": [["system", "an earlier turn"], ["user", HOSTILE]], "reference": ["好的", "行"],
+                     "answers": {"lora": LONG, "full": ""}}],
+        "advice": ["take lora", FEW, f"lora: {TOO_FEW}", f"warning: prefix-seed42 failed and is left out: {HOSTILE}"], "notes": []}
 
 
 class Page(HTMLParser):
@@ -129,19 +137,42 @@ def test_the_report_of_a_run_has_every_section(language, record):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_report_of_a_comparison_has_every_section(language, comparison):
-    page = report.render_comparison(comparison, language)
+def test_the_report_of_a_comparison_has_every_section(language, compared):
+    page = report.render_comparison(compared, language)
     assert check(page, COMPARISON_SECTIONS) == []
-    assert page.count("<svg") == 1 + 5 + 1  # a score (the other is NaN), five costs, a curve
+    # a score (the other is NaN), five costs, what was logged in training, a curve
+    assert page.count("<svg") == 1 + 5 + 5 + 1
+    names = {"lora", "full"}  # a recipe's configuration stands under its name
     headings = re.findall(r"<h[23][^>]*>(.*?)</h", page)
-    assert all(bool(HAN.search(heading)) == (language == "zh") for heading in headings)
-    assert "take lora" in page and "0.060" in page and "prefix-seed42" in page
+    assert all(bool(HAN.search(heading)) == (language == "zh") for heading in headings if heading not in names)
+    assert names <= set(headings)
+    text = html.unescape(page)
+    assert (FEW in text, TOO_FEW in text) == ((True, True) if language == "en" else (False, False))
+    for fact in ("take lora", "0.060", "prefix-seed42", "an earlier turn", "2 rows are copies", "weight_decay", "dev_fraction"):
+        assert fact in page, fact
 
 
-def test_a_comparison_in_which_all_failed_has_a_report(comparison):
-    nothing = {"metrics": {}, "best": {}, "systems": comparison["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
+def test_a_comparison_of_an_earlier_version_has_a_report(compared):
+    old = {key: value for key, value in compared.items() if key not in ("doctor", "configuration")}
+    old["systems"] = [{key: value for key, value in one.items() if key != "configuration"} for one in compared["systems"]]
+    assert [section for section in COMPARISON_SECTIONS if f'id="{section}"' not in report.render_comparison(old)] == []
+
+
+def test_more_lines_than_colours_are_all_drawn():
+    names = [f"system{i}" for i in range(len(plots.COLOURS) + 2)]
+    picture = plots.lines({name: [(1, 2.0), (2, 1.0)] for name in names}, "loss", "step")
+    assert [name for name in names if f">{name}<" not in picture] == []
+
+
+def test_numbers_below_a_picture_are_few_enough_to_be_read():
+    picture = plots.intervals([("a", 5.996, 5.991, 6.001), ("b", 6.004, 5.999, 6.009)], "loss")
+    assert 2 <= len(re.findall(r">\d\.\d{3,4}<", picture)) <= 6
+
+
+def test_a_comparison_in_which_all_failed_has_a_report(compared):
+    nothing = {"metrics": {}, "best": {}, "systems": compared["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
                "model": {"requested": "gpt2", "used": None}, "hardware": None, "versions": None, "data": {}}
-    page = report.render_comparison(comparison | nothing)
+    page = report.render_comparison(compared | nothing)
     assert check(page, COMPARISON_SECTIONS) == [] and "<svg" not in page and "used in its place" not in page
 
 
@@ -178,12 +209,44 @@ def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
     names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
              "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy", "macro F1", "micro F1",
-             "kept", "OOS recall"}  # of what records hold
+             "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
+             *doctor.PERSONAL.values()}  # of what records hold
     assert ZH.keys() - said() == names
     assert [english for english, chinese in ZH.items() if not HAN.search(chinese)] == []
     for english, chinese in ZH.items():
         assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", chinese)), english
         assert not HAN.search(english)
+
+
+def test_what_a_record_says_is_told_in_chinese():
+    """Sentences as the code makes them, so that a change of one in English does not leave it English in a Chinese report."""
+    told, zh = sentence_in("en"), sentence_in("zh")
+    early = recorded({"full": 2.0, "lora": 2.1, "untuned": 3.0})
+    failed = recorded({"full": 2.0, "untuned": 1.0}, items=30) | {"split": "dev", "seeds": [1]}
+    early["systems"][1]["runs"][0]["still_improving"] = True
+    failed["systems"][0]["runs"][0] |= {"status": "failed", "error": "no such thing"}
+    unclear = [recorded({"full": 2.0, "lora": 2.0, "untuned": 3.5} | more, spread=1) for more in ({}, {"prefix": 2.6})]
+    cases = [line for record in (early, failed, *unclear) for line in comparison.advice(record)]
+    drawn, sizes = statistics.draws(400, 500, 0), [100, 200, 400, 800]
+    for values in ([1 + 8 * n**-0.5 for n in sizes], [2.0] * 4, [2.0, 2.0]):
+        points = {n: runs for n, runs in zip(sizes, of_means(values), strict=False)}
+        cases.append("lora: " + comparison.learning_curve("loss", points, drawn)["sentence"])
+    row = {"text": "write to ann@example.com", "label": "x"}
+    cases += doctor.brief([row] * 3, [row], {"x": 9, "y": 1})[1]
+    assert len(cases) > 12
+    assert [sentence for sentence in cases if told(sentence) != sentence] == []
+    assert [sentence for sentence in cases if not HAN.search(zh(sentence))] == []
+    assert not re.search("[a-z]{3,}", re.sub("full|lora|prefix|untuned|seed42|no such thing|--seeds", "", "".join(map(zh, cases))))
+    assert zh("lora: 2 of 9 replies did not end within 8 tokens and were cut") == "lora：9 条回复中有 2 条写满 8 个词元仍未结束，被截断"
+    assert zh("nobody knows this: or that") == "nobody knows this: or that"
+    still = "warning: a, b and c still improved at the last evaluation: with more training the order may change"
+    assert zh(still).startswith("警告：a、b、c ")
+
+
+def test_every_part_of_a_sentence_is_in_its_chinese():
+    for english, chinese in SENTENCES.items():
+        assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", chinese)), english
+        assert HAN.search(chinese) and not HAN.search(english)
 
 
 def test_no_words_stand_in_the_templates():
@@ -236,10 +299,13 @@ def test_the_report_is_written_again_in_chinese_and_stays_so(run, tmp_path):
     assert '<html lang="en">' in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_comparison_is_recognised(comparison, tmp_path):
-    (tmp_path / "compare.json").write_text(json.dumps(comparison), encoding="utf-8")
+def test_a_comparison_is_recognised(compared, tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(compared), encoding="utf-8")
     assert call("scripts/report.py", "--run", tmp_path).code == 0
     assert 'id="costs"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert call("scripts/report.py", "--run", tmp_path, "--language", "zh").code == 0
+    assert call("scripts/report.py", "--run", tmp_path).code == 0  # the language stays
+    assert '<html lang="zh-CN">' in (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "compare.json").write_text("{", encoding="utf-8")
     refused(call("scripts/report.py", "--run", tmp_path), "compare.json is damaged")
     refused(call("scripts/report.py", "--run", tmp_path / "absent"), "absent")
@@ -275,9 +341,9 @@ def overflow(pages: list[tuple[str, int]], folder) -> list[str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_nothing_overflows_in_a_browser(record, comparison, tmp_path):
-    wide, narrow, compared = report.render(record), report.render(record, "zh"), report.render_comparison(comparison)
+def test_nothing_overflows_in_a_browser(record, compared, tmp_path):
+    wide, narrow, several = report.render(record), report.render(record, "zh"), report.render_comparison(compared)
     broken = narrow.replace("<h1>", '<h1 style="width: 500px">')
-    *good, bad = overflow([(wide, 1280), (narrow, 390), (compared, 1280), (compared, 390), (broken, 390)], tmp_path)
+    *good, bad = overflow([(wide, 1280), (narrow, 390), (several, 1280), (several, 390), (broken, 390)], tmp_path)
     assert good == ["ok"] * 4
     assert bad.startswith("H1.:") and "page:" in bad

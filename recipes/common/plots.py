@@ -31,6 +31,7 @@ def _axes(width: float = 4.6, height: float = 2.6):
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
+    axes.locator_params(axis="x", nbins=5)  # long numbers, such as 5.9975, run into each other where there are more
     return figure, axes
 
 
@@ -49,13 +50,14 @@ def lines(series: dict[str, list[tuple[float, float]]], label: str, xlabel: str,
     if not series:
         return ""
     figure, axes = _axes()
-    for (name, points), colour in zip(series.items(), COLOURS, strict=False):
+    for i, (name, points) in enumerate(series.items()):
+        colour, style = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
         marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.5, label=name)
+        axes.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=3, linewidth=1.5, label=short(name))
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return svg(figure, label)
 
 

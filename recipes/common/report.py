@@ -10,7 +10,7 @@ import re
 import jinja2
 
 from recipes.common import plots
-from recipes.common.wording import name_in, wording
+from recipes.common.wording import name_in, sentence_in, wording
 
 TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), autoescape=True, undefined=jinja2.StrictUndefined,
                                trim_blocks=True, lstrip_blocks=True)
@@ -37,18 +37,20 @@ def render_comparison(record: dict, language: str = "en") -> str:
     scored = [system for system in record["systems"] if system["scores"]]
     pictures = {metric: plots.intervals([(s["name"], *(s["scores"][metric][key] for key in ("mean", "low", "high"))) for s in scored
                                          if metric in s["scores"]], kind["title"]) for metric, kind in record["metrics"].items()}
-    return _page("comparison.html.jinja", language, run=record, scored=scored, pictures=pictures, costs=_cost_pictures(record, scored, t),
-                 curves=[curve | {"picture": _learning_curve(curve, record, t)} for curve in record["learning_curves"]],
+    return _page("comparison.html.jinja", language, run={"doctor": None, "configuration": {}} | record, scored=scored, pictures=pictures,
+                 costs=_cost_pictures(record, scored, language), training=_training_pictures(record, t),
+                 curves=[curve | {"picture": _learning_curve(curve, record, language)} for curve in record["learning_curves"]],
                  answers=[_answers([*map(tuple, sample["context"][-1:]), ("reference", _text(sample["reference"])),
                                     *((name, _text(answer)) for name, answer in sample["answers"].items())])
-                          for sample in record["samples"]],
+                          | {"earlier": sample["context"][:-1]} for sample in record["samples"]],
                  title=t("Comparison of {systems} on {model}", systems=", ".join(s["name"] for s in record["systems"] if not s["base"]),
                          model=plots.model_name(record["model"])))
 
 
 def _page(template: str, language: str, **values) -> str:
-    return TEMPLATES.get_template(template).render(t=wording(language), name=name_in(language), language=language, number=number,
-                                                   short=plots.short, language_of=language_of, **values)
+    return TEMPLATES.get_template(template).render(
+        t=wording(language), name=name_in(language), told=sentence_in(language), language=language, number=number, short=plots.short,
+        language_of=language_of, **values)
 
 
 def number(value, digits: int = 2) -> str:
@@ -83,10 +85,10 @@ def differences(reference: str, answer: str) -> list[tuple[str, bool]]:
 
 
 def _answers(sample: list[tuple[str, str]]) -> dict:
-    """A sample (who, text) as what was asked, the reference, and each model's answer in pieces."""
+    """A sample (who, text) as what was asked, after nothing earlier, the reference, and each model's answer in pieces."""
     at = next(i for i, (who, _) in enumerate(sample) if who in REFERENCES)
     who, reference = sample[at]
-    return {"asked": sample[:at], "who": who, "reference": reference,
+    return {"earlier": [], "asked": sample[:at], "who": who, "reference": reference,
             "answers": [(model, differences(reference, text)) for model, text in sample[at + 1:]]}
 
 
@@ -107,8 +109,7 @@ def curves(history: list[dict], t, per_token: bool = False) -> list[tuple[str, s
 
     found = [(t("loss (nats per item)"), {t("train"): points("loss"), t("dev"): points("eval_loss")}),
              (t("learning rate"), {"": points("learning_rate")}), (t("gradient norm"), {"": points("grad_norm")})]
-    others = {key: None for entry in history for key in entry
-              if key.startswith("eval_") and not key.endswith(SPEED) and key not in ("eval_loss", "eval_perplexity")}
+    others = _other_scores(history)
     found += [(f"{t('dev')}: {key.removeprefix('eval_')}", {"": points(key)}) for key in others]
     pictures = [(title, plots.lines(series, title, t("step"))) for title, series in found]
     if per_token:
@@ -116,6 +117,22 @@ def curves(history: list[dict], t, per_token: bool = False) -> list[tuple[str, s
                 for name, key in (("train", "loss"), ("dev", "eval_loss"))}
         title = t("loss over tokens")
         pictures.insert(1, (title, plots.lines(over, title, t("tokens"))))
+    return [(title, picture) for title, picture in pictures if picture]
+
+
+def _other_scores(history: list[dict]) -> list[str]:
+    """The keys of the dev scores in a history, beside the loss and the perplexity that follows from it."""
+    return list(dict.fromkeys(key for entry in history for key in entry
+                              if key.startswith("eval_") and not key.endswith(SPEED) and key not in ("eval_loss", "eval_perplexity")))
+
+
+def _training_pictures(record: dict, t) -> list[tuple[str, str]]:
+    """(title, SVG) of what was logged in training over the steps, a line for each system: its first run that ended well."""
+    histories = {system["name"]: next((run["history"] for run in system["runs"] if run.get("history")), []) for system in record["systems"]}
+    titles = {"eval_loss": t("dev loss"), "loss": t("train loss"), "learning_rate": t("learning rate"), "grad_norm": t("gradient norm")}
+    titles |= {key: f"{t('dev')}: {key.removeprefix('eval_')}" for history in histories.values() for key in _other_scores(history)}
+    pictures = [(title, plots.lines({name: [(entry["step"], entry[key]) for entry in history if key in entry]
+                                     for name, history in histories.items()}, title, t("step"))) for key, title in titles.items()]
     return [(title, picture) for title, picture in pictures if picture]
 
 
@@ -135,22 +152,22 @@ def _matrix(result: dict, t) -> str:
     return plots.matrix(result["confusion_matrix"]["matrix"], labels, title, t("predicted label"), t("right label"))
 
 
-def _cost_pictures(record: dict, scored: list[dict], t) -> list[str]:
+def _cost_pictures(record: dict, scored: list[dict], language: str) -> list[str]:
     """The main score over each cost, a point for each system that has both."""
-    main = record["main_metric"]
+    main, t = record["main_metric"], wording(language)
     if main not in record["metrics"]:  # no run ended well
         return []
-    pictures = []
+    pictures, score = [], name_in(language)(record["metrics"][main]["title"])
     for key, title in (("trainable_parameters", t("trained parameters")), ("seconds", t("seconds of training")),
                        ("peak_memory_mb", t("peak memory (MB)")), ("disk_mb", t("MB on disk")), ("latency", t("seconds for an answer"))):
         points = [(s["name"], s["costs"].get(key), *(s["scores"][main][part] for part in ("mean", "low", "high"))) for s in scored
                   if main in s["scores"]]
-        pictures.append(plots.scatter(points, f"{record['metrics'][main]['title']}, {title}", title, record["metrics"][main]["title"]))
+        pictures.append(plots.scatter(points, f"{score}, {title}", title, score))
     return [picture for picture in pictures if picture]
 
 
-def _learning_curve(curve: dict, record: dict, t) -> str:
-    title = record["metrics"][curve["metric"]]["title"]
+def _learning_curve(curve: dict, record: dict, language: str) -> str:
+    title, t = name_in(language)(record["metrics"][curve["metric"]]["title"]), wording(language)
     return plots.learning_curve(curve["points"], curve["extrapolation"], f"{curve['system']}: {title}", t("train rows"), title)
 
 

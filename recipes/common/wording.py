@@ -1,5 +1,7 @@
 """What the reports say, in English and Chinese: the English is the key. Names of flags, files and metrics stay as they are."""
 
+import re
+
 LANGUAGES = ("en", "zh")
 ZH = {
     "{recipe} on {model}": "{recipe}，基于 {model}",
@@ -12,7 +14,18 @@ ZH = {
     "Advice": "建议",
     "Data": "数据",
     "split": "划分",
-    "rows": "行数",
+    "rows": "行",
+    "dialogues": "对话",
+    "replies": "回复",
+    "texts": "文本",
+    "pairs": "句对",
+    "labels": "标签",
+    "words": "词",
+    "e-mail addresses": "电子邮箱",
+    "identity card numbers": "身份证号",
+    "bank card numbers": "银行卡号",
+    "order numbers": "订单号",
+    "telephone numbers": "电话号码",
     "{kept} of {rows} {unit}": "{rows} {unit}中的 {kept}",
     "shortened": "截短",
     "left out": "舍弃",
@@ -120,10 +133,88 @@ ZH = {
     "What more data would bring": "增加数据的收益",
     "train rows": "训练行数",
     "No learning curve: scripts/compare.py --data_fractions 0.25,0.5,1.": "没有学习曲线：scripts/compare.py --data_fractions 0.25,0.5,1。",
+    "dev loss": "开发集损失",
+    "train loss": "训练损失",
+    "earlier turns: {n}": "之前的轮次：{n}",
     "Settings that were tried": "尝试过的设置",
     "settings": "设置",
     "value on dev": "开发集得分",
     "chosen": "选中",
+}
+
+# What other parts of the code have written into a record. A part in braces stands for any text.
+SENTENCES = {
+    # advice on a comparison, and what its table means (comparison.py, scripts/compare.py)
+    "nothing to compare: no training has ended well": "无可比较：没有一次训练正常结束",
+    "{best} is the only one that was trained: {metric} {value} [{low}, {high}]": "只训练了 {best}：{metric} {value} [{low}, {high}]",
+    "take {best}: its {metric} {value} [{low}, {high}] is better than that of every other (p <= {p})":
+        "建议选用 {best}：其{metric} {value} [{low}, {high}] 优于其余各项（p <= {p}）",
+    "no clear winner: {best} has the best {metric} {value} [{low}, {high}], but it can't be told apart from {names}; "
+    "the cheapest of them is {cheapest} ({seconds} s of training, {size} MB on disk)":
+        "没有明显的优胜者：{best} 的{metric}最好，为 {value} [{low}, {high}]，但与 {names} 无法区分；"
+        "其中代价最低的是 {cheapest}（训练 {seconds} 秒，磁盘 {size} MB）",
+    "no clear winner among {n} of {total}: {best} has the best {metric} {value} [{low}, {high}], but it can't be told apart from {names}; "
+    "the cheapest of them is {cheapest} ({seconds} s of training, {size} MB on disk)":
+        "{total} 个中有 {n} 个分不出优胜者：{best} 的{metric}最好，为 {value} [{low}, {high}]，但与 {names} 无法区分；"
+        "其中代价最低的是 {cheapest}（训练 {seconds} 秒，磁盘 {size} MB）",
+    "warning: {best} can't be told apart from {base}, or is worse: there is no evidence that the training helped":
+        "警告：{best} 与 {base} 无法区分或更差：没有证据表明训练有用",
+    "warning: {n} held-out {unit} are few: intervals of so few are too narrow, and small differences can't be seen":
+        "警告：只有 {n} 条留出的{unit}：这么少，区间会偏窄，小的差异看不出来",
+    "warning: there are no test rows, so these are the dev rows, by which checkpoints and settings were chosen: the scores flatter":
+        "警告：没有测试集，这里用的是开发集，而检查点和设置正是据它选出的：得分偏高",
+    "warning: one seed, so how much a repetition would differ is unknown: --seeds 3 shows it":
+        "警告：只有一个随机种子，不知道重复一次会相差多少：--seeds 3 可以看出",
+    "warning: {names} still improved at the last evaluation: with more training the order may change":
+        "警告：{names} 在最后一次评测时仍在变好：多训练一些，次序可能改变",
+    "warning: {name} failed and is left out: {error}": "警告：{name} 失败，未计入：{error}",
+    "can't tell what more data would bring: {n} amounts of data are too few for a curve":
+        "无法判断更多数据的收益：{n} 种数据量太少，画不出曲线",
+    "can't tell whether more data would help: what twice the rows gain in {metric} lies in {bounds}, which holds 0":
+        "无法判断更多数据是否有用：行数加倍，{metric}的收益在 {bounds} 之间，其中含 0",
+    "twice the rows ({rows}) would raise {metric} by about {gain} {bounds}, to about {value}, if the curve goes on as it did":
+        "若曲线照此延续，行数加倍（{rows}）会使{metric}提高约 {gain} {bounds}，达到约 {value}",
+    "twice the rows ({rows}) would lower {metric} by about {gain} {bounds}, to about {value}, if the curve goes on as it did":
+        "若曲线照此延续，行数加倍（{rows}）会使{metric}降低约 {gain} {bounds}，达到约 {value}",
+    "minutes: the learning rate is constant after the warm-up, as a schedule would be cut":
+        "按分钟的预算：预热之后学习率不变，否则调度会被中途截断",
+    "{name}: no settings could be chosen, as all that were tried failed: it has its defaults": "{name}：尝试的设置全部失败，用的是默认设置",
+    "{name} failed, so this point is missing: {error}": "{name} 失败，缺这个点：{error}",
+    "shares of the data have the same budget as all of it: a small share is read more often": "各份数据的预算相同：份额小的会被多读几遍",
+    "three amounts of data fit any such curve: a fourth would test it": "三种数据量总能配上这样一条曲线：第四种才能检验它",
+    # what the checks of the data found (doctor.py)
+    "{n} of {rows} train rows repeat an earlier one word for word": "训练集 {rows} 行中有 {n} 行与前面的一字不差",
+    "{n} of {rows} dev rows stand in train word for word, so dev scores are too good":
+        "开发集 {rows} 行中有 {n} 行原样出现在训练集里，开发集得分会偏高",
+    "personal data ({n} {split} rows looked at): {found}": "个人信息（检查了{split} {n} 行）：{found}",
+    "{share} of the train labels are {label}, so always saying that would score as much":
+        "训练标签的 {share} 是 {label}，总答它就能得这么多分",
+    "{n} of {labels} labels occur fewer than {times} times in train: {rare}":
+        "{labels} 个标签中有 {n} 个在训练集中出现不到 {times} 次：{rare}",
+    "a stream is not examined for copies, leaks and personal data": "流式数据不检查重复、泄漏和个人信息",
+    # what became of the rows (data.py, tasks/)
+    "{n} {unit} exceed --max_length {length}: {turns} oldest turns dropped":
+        "{n} 条{unit}超过 --max_length {length}：去掉了最早的 {turns} 轮",
+    "left out, as even the last question with its answer exceeds --max_length or no turn is trained on: {n} {unit} (numbers {numbers})":
+        "舍弃了 {n} 条{unit}（第 {numbers} 条）：最后一问一答也超过 --max_length，或没有可训练的轮次",
+    "{n} rows exceed --max_length {length} and lost their end": "{n} 行超过 --max_length {length}，末尾被截去",
+    "{n} rows exceed --max_length {length} with their context, which lost its beginning, or all":
+        "{n} 行连同上下文超过 --max_length {length}，上下文的开头或全部被截去",
+    "{n} of {tokens} tokens are unknown to the tokenizer, and the same {unknown} to the model: it goes by what stands around them":
+        "{tokens} 个词元中有 {n} 个分词器不认识，对模型来说都是 {unknown}：只能凭上下文判断",
+    "{n} of {words} words are unknown to the tokenizer, and the same {unknown} to the model: it goes by what stands around them":
+        "{words} 个词中有 {n} 个分词器不认识，对模型来说都是 {unknown}：只能凭上下文判断",
+    "{n} out-of-scope rows are not trained on": "{n} 行域外数据不参与训练",
+    "--train_fraction {share}: {n} of {rows} train rows, drawn with seed {seed}":
+        "--train_fraction {share}：训练集 {rows} 行中的 {n} 行，抽取种子 {seed}",
+    # what happened in an evaluation (tasks/)
+    "{name}: {n} of {all} replies did not end within {tokens} tokens and were cut":
+        "{name}：{all} 条回复中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
+    "{name}: {n} of {all} targets did not end within {tokens} tokens and were cut":
+        "{name}：{all} 条译文中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
+    "a row whose likeliest label has less than {cut} probability is turned away as {label} (set on dev)":
+        "最可能的标签概率低于 {cut} 的行判为 {label}（阈值由开发集定）",
+    "{n} times {predicted} in place of {right}": "{n} 次把 {right} 判成 {predicted}",
 }
 
 
@@ -139,3 +230,30 @@ def wording(language: str):
 def name_in(language: str):
     """A function that says a name which comes from a record (a column, a key, who speaks) in `language`, or leaves it as it is."""
     return lambda name: ZH.get(name.replace("_", " "), name) if language == "zh" else name.replace("_", " ")
+
+
+def sentence_in(language: str):
+    """A function that says a sentence of a record in `language`, or leaves it as it is, if SENTENCES does not hold it."""
+    name = name_in(language)
+    how = dict.fromkeys(("metric", "unit", "split"), name)  # parts that have a name in Chinese
+    how["names"] = lambda names: re.sub(r", | and ", "、", names)
+    how["found"] = lambda kinds: re.sub("([^,]+?) in ([0-9]+)", lambda one: f"{name(one[1].strip())} {one[2]} 行", kinds)
+
+    def told(sentence: str) -> str:
+        for english, pattern in _PATTERNS.items():
+            if found := pattern.fullmatch(sentence):
+                return SENTENCES[english].format(**{part: how.get(part, str)(text) for part, text in found.groupdict().items()})
+        about, colon, rest = sentence.partition(": ")  # "lora: can't tell ..."
+        known = told(rest) if colon else rest
+        return f"{about}：{known}" if known != rest else sentence
+
+    return told if language == "zh" else lambda sentence: sentence
+
+
+def _pattern(english: str) -> re.Pattern:
+    """What `english` matches: each part in braces any text, as short as can be."""
+    return re.compile("".join(f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(re.split(r"{(\w+)}", english))),
+                      re.S)
+
+
+_PATTERNS = {english: _pattern(english) for english in SENTENCES}
