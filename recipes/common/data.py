@@ -176,7 +176,7 @@ def sources(data: str | list[str]) -> list[Source]:
 def find(data: str, whole: bool = True) -> dict[str, Path | File]:
     """The files of one source by split. A data set of the Hub is downloaded whole, or read from there. Raises `UserError` for none."""
     path = Path(data)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return {"train": path}
     if not path.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A) and not formats.suggested(path):
@@ -184,7 +184,7 @@ def find(data: str, whole: bool = True) -> dict[str, Path | File]:
         raise UserError(f"--data {data}: no such file or folder")
     found = {}
     for split, names in SPLITS.items():
-        files = [[file for file in sorted(path.glob(f"{name}.*")) if file.is_file() and formats.suggested(file)
+        files = [[file for file in sorted(path.glob(f"{name}.*")) if not file.is_dir() and formats.suggested(file)
                   and file.name.lower().removesuffix(".gz").count(".") == 1] for name in names]
         first = next(filter(None, files), [])
         if len(first) > 1:

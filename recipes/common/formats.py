@@ -69,6 +69,9 @@ def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
 
     Without `whole`, only the start is looked at: no hash, and what is not UTF-16 by its mark is taken for UTF-8.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, and a file is read more than once: write it to a file first, as in "
+                        "`zcat rows.gz > train.jsonl`")
     try:
         with path.open("rb") as stream:
             file = File(str(path), "text", hashlib.file_digest(stream, "sha256").hexdigest() if whole else "streamed")
