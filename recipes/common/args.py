@@ -120,7 +120,8 @@ class SharedArguments:
 
     on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, "
                                                                 "leave the step out, or also go back to the last checkpoint", group=FAULTS)
-    data_timeout: int = option(600, "seconds that the data of a step may take to come; 0: no limit", at_least=0, group=FAULTS)
+    data_timeout: int = option(600, "end the run when no row has come for so many seconds, in reading, tokenizing, training or evaluating; "
+                               "0: never", at_least=0, group=FAULTS)
     allow_changed: str = option(None, "on --resume_from_checkpoint: arguments that may differ from before, as in num_train_epochs,rows",
                                 group=FAULTS)
     repeats: str = option(None, "the run.json that this run repeats (scripts/train.py --config sets it): changed data are said",

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recipes.common import disk, formats, shapes
+from recipes.common import deadline, disk, formats, shapes
 from recipes.common.errors import UserError
 from recipes.common.formats import File, Record
 from recipes.common.shapes import (  # noqa: F401
@@ -91,7 +91,7 @@ def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str
 
     def good() -> Iterator[dict]:
         nonlocal context
-        for record in records(file, check, columns):
+        for record in deadline.timed(records(file, check, columns), file.name):
             if record.wrong is None:
                 context += shapes.context_turns(record.row) if chat else 0
                 yield record.row

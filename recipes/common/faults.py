@@ -1,4 +1,4 @@
-"""What happens to a run from outside and what goes wrong in it: signals, broken numbers, too little memory, data that don't come.
+"""What happens to a run from outside and what goes wrong in it: signals, broken numbers, too little memory.
 
 `Watch` is the Trainer's callback for all of these. What it remembers is part of every checkpoint, so that a resumed run knows it too.
 """
@@ -321,27 +321,3 @@ def joined(results: list[tuple]) -> tuple:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch says that a tensor found no room, on a GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError) or re.search("can't allocate memory|not enough memory", str(error)) is not None
-
-
-@contextlib.contextmanager
-def deadline(seconds: int, step: int):
-    """Raise `UserError` if the data of a step take longer than `seconds` (0: no limit) or their source fails."""
-    def late(number, frame):
-        raise UserError(f"step {step}: the data did not come within {seconds} s (--data_timeout): see whether their disk or server "
-                        "answers, then go on with --resume_from_checkpoint")
-
-    timed = seconds and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGALRM, late) if timed else None
-    if timed:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"step {step}: the data can't be read any more ({' '.join(str(error).split())[:200]}): when their source is back, "
-                        "go on with --resume_from_checkpoint") from error
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
