@@ -1,4 +1,4 @@
-"""Runs that can't be lost: manifests, what is passed over and why, kills at any moment, signals, full disks, repeated runs, secrets."""
+"""Runs that can't be lost: manifests, what is passed over and why, kills at any moment, signals, full disks, repeated runs."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import DIALOGUES, ROOT
 from safetensors.torch import load_file, save_file
-from test_cli import call
+from test_cli import call, refused
 from test_methods import run_recipe
 from transformers import TrainerCallback
 
@@ -352,6 +352,20 @@ def test_changed_data_are_said_when_a_run_is_repeated(through, tmp_path):
     assert result.code == 0 and f"the train data are not those of {tmp_path / 'run.json'}" in result.out
 
 
+def test_a_repeat_by_another_number_of_processes_is_refused_unless_allowed(through, tmp_path):
+    record = json.loads((through / "run.json").read_text(encoding="utf-8"))
+    assert record["world_size"] == 1
+    (tmp_path / "run.json").write_text(json.dumps(record | {"world_size": 2}), encoding="utf-8")
+    words = ("scripts/train.py", "--config", tmp_path / "run.json", "--output_dir", tmp_path / "run", "--max_steps", "1")
+    refused(call(*words), "that run had 2 processes, and here 1 is", "a step would have 2 rows in place of 4", "start 2, or allow it",
+            untouched=tmp_path / "run")
+    refused(call(*words, "--per_device_train_batch_size", "2"), "its steps have as many rows")
+    result = call(*words, "--allow_changed", "world_size", "--gradient_accumulation_steps", "4")
+    assert result.code == 0, result.err
+    [event, *_] = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["events"]
+    assert event["event"] == f"{tmp_path}/run.json is of 2 processes, and this run is of 1: another order of rows, and other sums"
+
+
 @pytest.mark.parametrize(("text", "why"), [(None, "No such file"), ("{}", "is no run.json"), ("[1]", "is no run.json"),
                                            ("?", "is no run.json")])
 def test_a_config_that_is_no_run_json_is_refused(text, why, tmp_path):
@@ -372,6 +386,3 @@ def test_full_determinism_gives_equal_weights(tiny, data, tmp_path):
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     assert same_end(tmp_path / "one", tmp_path / "two") and not same_end(tmp_path / "one", tmp_path / "other")
-
-
-# Secrets

@@ -5,10 +5,11 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
-from recipes.common.data import Rows, check_dialogue, find, load, read
+from recipes.common.data import Rows, check_dialogue, find, identify, load, load_split, read
 from recipes.common.errors import UserError
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
@@ -299,3 +300,18 @@ def test_skipped_rows_are_never_held_out(write_jsonl):
     splits = load(str(write_jsonl(lines)), check_dialogue, dev_fraction=0.3, seed=0, on_bad_row="skip")
     assert len(splits["train"].rows) + len(splits["dev"].rows) == 10 and len(splits["train"].skipped) == 10
     assert splits["dev"].skipped == []
+
+
+@pytest.mark.parametrize("where", ["itself", "its folder", "process substitution"])
+def test_a_pipe_is_refused_at_once(where, tmp_path):
+    pipe, (end, other) = tmp_path / "train.jsonl", os.pipe()
+    os.mkfifo(pipe)
+    name = {"itself": str(pipe), "its folder": str(tmp_path), "process substitution": f"/dev/fd/{end}"}[where]
+    try:
+        with pytest.raises(UserError, match="is a pipe or a device, and a file is read more than once: write it to a file first"):
+            identify(name)
+        with pytest.raises(UserError, match="write it to a file first"):
+            load_split(name, "train", check_dialogue, 0.1, 42)
+    finally:
+        os.close(end)
+        os.close(other)

@@ -1,6 +1,8 @@
 """What goes wrong while a run trains: numbers that are not finite, losses that leap, too little memory, data that don't come, pickles."""
 
+import itertools
 import json
+import multiprocessing
 import re
 import signal
 import time
@@ -12,7 +14,7 @@ from conftest import DIALOGUES
 from test_generation import make, make_prompts
 from test_methods import run_recipe
 
-from recipes.common import faults, generation, models, report, runs
+from recipes.common import deadline, disk, encoding, faults, formats, generation, models, report, runs
 from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs
 from recipes.common.trainer import RecipeTrainer
@@ -259,6 +261,11 @@ def test_only_lack_of_memory_counts_as_such():
 # Data
 
 
+@pytest.fixture(autouse=True)
+def no_limit_left_behind(monkeypatch):
+    monkeypatch.setattr(deadline, "limit", 0)
+
+
 def test_data_that_do_not_come_end_the_run(tiny, data, tmp_path):
     class Dead(RecipeTrainer):
         def get_train_dataloader(self):
@@ -276,10 +283,82 @@ def test_data_that_do_not_come_end_the_run(tiny, data, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed")])
 def test_data_that_fail_end_the_run(error):
-    with pytest.raises(UserError, match="step 3: the data can't be read any more"), faults.deadline(9, 3):
+    with pytest.raises(UserError, match="step 3: the data can't be read any more"), deadline.deadline("step 3"):
         raise error
-    with pytest.raises(RuntimeError, match="other"), faults.deadline(0, 3):
+    with pytest.raises(RuntimeError, match="other"), deadline.deadline("step 3"):
         raise RuntimeError("other")
+
+
+def coming(*pauses):
+    for number, pause in enumerate(pauses):
+        time.sleep(pause)
+        yield number
+
+
+def test_slow_data_are_waited_for_and_dead_ones_are_not(monkeypatch):
+    monkeypatch.setattr(deadline, "limit", 1)
+    assert list(deadline.timed(coming(0.4, 0.4, 0.4, 0.4), "rows.jsonl")) == [0, 1, 2, 3]
+    for _ in deadline.timed(coming(0, 0), "rows.jsonl"):
+        time.sleep(1.2)  # what is done with a row may take longer
+    with deadline.deadline("step 3"):  # a stream of which a step takes many rows
+        for _ in deadline.timed(coming(0.4, 0.4, 0.4, 0.4), "rows.jsonl"):
+            deadline.renew()
+    got = []
+    with pytest.raises(UserError, match="rows.jsonl: the data did not come within 1 s .--data_timeout.*then start again"):
+        got.extend(deadline.timed(coming(0.1, 60), "rows.jsonl"))
+    monkeypatch.setattr(deadline, "limit", 0)
+    assert list(deadline.timed(coming(0, 1.2), "rows.jsonl")) == [0, 1] and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("more", [(), ("--streaming", "--max_eval_samples", "2")])
+def test_a_source_that_dies_while_it_is_read_ends_the_run(more, tiny, data, tmp_path, monkeypatch):
+    records = formats.records
+    monkeypatch.setattr(formats, "records", lambda file: itertools.chain(records(file), coming(60)))
+    with pytest.raises(UserError, match=r"train\.jsonl: the data did not come within 1 s"):
+        run_recipe("lora", tiny("gpt2"), data / "train.jsonl", tmp_path / "run", *STEPS, "--data_timeout", "1", *more)
+
+
+def test_a_stream_that_dies_while_it_is_trained_on_ends_the_run(tiny, data, tmp_path, monkeypatch):
+    records, reads = formats.records, []
+
+    def slow_then_dead(file):
+        reads.append(file)
+        for record in records(file):
+            time.sleep(0.4)  # five rows before a step: longer than allowed in all, and not for any of them
+            yield record
+        time.sleep(60 * (len(reads) > 2))  # the dev rows, and one pass over the train rows
+
+    monkeypatch.setattr(formats, "records", slow_then_dead)
+    with pytest.raises(UserError, match=r"step [23]: the data did not come within 1 s"):
+        run_recipe("lora", tiny("gpt2"), data / "train.jsonl", tmp_path / "run", *STEPS, "--data_timeout", "1", "--streaming",
+                   "--max_eval_samples", "1", "--per_device_train_batch_size", "3")
+
+
+def test_dev_data_that_do_not_come_end_the_run(tiny, data, tmp_path):
+    class Dead(RecipeTrainer):
+        def get_eval_dataloader(self, *args):
+            loader = super().get_eval_dataloader(*args)
+            loader.base_dataloader.collate_fn = loader.collate_fn = lambda rows: time.sleep(60)
+            return loader
+
+    with pytest.raises(UserError, match="evaluation after step 5: the data did not come within 1 s"):
+        run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--data_timeout", "1", trainer_class=Dead)
+
+
+def slow(row):
+    time.sleep(row["seconds"])
+    return {"input_ids": [1]}, {}
+
+
+def test_a_process_that_tokenizes_and_hangs_ends_the_run(monkeypatch):
+    monkeypatch.setattr(deadline, "limit", 2)
+    monkeypatch.setattr(disk, "CHUNK", 4)
+    steady = encoding.encode([{"seconds": 0.8}] * 8, "rows", slow, "row", "stop", 2)  # a chunk takes longer than allowed, a row does not
+    assert len(steady.features) == 8
+    began, children = time.monotonic(), set(multiprocessing.active_children())
+    with pytest.raises(UserError, match="tokenizing: the data did not come within 2 s"):
+        encoding.encode([{"seconds": 60}] * 8, "rows", slow, "row", "stop", 2)
+    assert time.monotonic() - began < 30 and set(multiprocessing.active_children()) <= children
 
 
 # Safety

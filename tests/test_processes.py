@@ -18,6 +18,7 @@ from test_methods import run_recipe
 
 from recipes.common import processes
 from recipes.common.errors import UserError
+from recipes.common.trainer import RecipeTrainer
 
 RECIPES = ("full", "lora", "prefix", "adapter", "adalora")
 FLAGS = ("--num_train_epochs", "2", "--logging_steps", "1", "--save_strategy", "epoch", "--eval_strategy", "epoch",
@@ -50,7 +51,7 @@ def two(one, tiny, data, tmp_path_factory):
            "flags": [*FLAGS, "--per_device_train_batch_size", "2"]}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/two_processes.py",
-         json.dumps(job)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+         json.dumps(job)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     return folder, done.stdout, done.returncode
 
@@ -84,13 +85,50 @@ def test_a_signal_to_one_process_ends_both_and_they_go_on(two):
     assert difference(folder / "lora", folder / "stopped") == 0
 
 
+class BrokenAlone(RecipeTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+
+@pytest.mark.parametrize("on_nan", ["skip", "rollback"])
+def test_a_loss_that_is_no_number_in_one_process_is_met_by_both_as_by_one(on_nan, two, tiny, data, tmp_path):
+    folder, printed, _ = two
+    [event] = json.loads((folder / on_nan / "run.json").read_text(encoding="utf-8"))["events"]
+    assert event["event"].startswith("step 4: the loss is nan on train row") and " of rank 1; " in event["event"]
+    assert printed.count(f"note: {event['event']}") == 1
+    run_recipe("lora", tiny("llama"), data, tmp_path / "run", *FLAGS, "--per_device_train_batch_size", "4", "--on_nan", on_nan,
+               trainer_class=BrokenAlone)
+    assert apart(tmp_path / "run", folder / on_nan) < 1e-4 < apart(folder / "lora", folder / on_nan)
+
+
+def apart(run: Path, other: Path) -> float:
+    states = [load_file(path / "trained_parameters.safetensors") for path in (run, other)]
+    return max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])
+
+
+def test_a_loss_that_is_no_number_in_one_process_stops_both_with_its_rows(two):
+    folder, told = two[0], [(two[0] / f"stop-{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1] and re.match(r"step 4: the loss is nan on train rows? .* of rank 1; look at these rows", told[0])
+    assert f"{folder}/stop/checkpoint-3 is the last whole checkpoint" in told[0] and not (folder / "stop/run.json").exists()
+
+
+def test_a_loss_that_leaps_in_one_process_is_told_once_and_alike(two):
+    folder, printed, _ = two
+    (events, losses), other = (json.loads((folder / f"leap-{rank}").read_text()) for rank in (0, 1))
+    assert [events, losses] == other and len(losses) == 6
+    [event] = events
+    assert re.match(r"step 4: the loss leapt to \d{3}\.\d+, from .* of rank 1$", event["event"]) and printed.count(event["event"]) == 1
+
+
 def test_only_the_first_process_prints_and_an_error_is_shown_once(two):
     folder, printed, status = two
     assert status == 1, printed
-    assert len(re.findall(r"train: 12 of 12 dialogues", printed)) == len(RECIPES) + 3
+    assert len(re.findall(r"train: 12 of 12 dialogues", printed)) == len(RECIPES) + 7
     assert "missing keys" not in printed
     assert printed.count("stopped after step 3 of 6") == 1
-    assert len(re.findall(r"Replies of lora.*100%", printed)) == 1
+    # A slow machine draws the full bar twice; the shares of two ranks would be two totals.
+    assert len(set(re.findall(r"Replies of lora: 100%\|[^|]*\| (\d+/\d+)", printed))) == 1
     assert printed.count(f"error: --data {folder}/nothing: no such file or folder") == 1, printed
     assert "Traceback" not in printed[: printed.index("error: --data")]
 

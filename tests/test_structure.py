@@ -54,10 +54,11 @@ MAY_IMPORT = {
     "outlines": set(),
     "chat": {"errors", "outlines"},
     "shapes": set(),
-    "formats": {"errors", "shapes"},
+    "deadline": {"errors"},
+    "formats": {"deadline", "errors", "shapes"},
     "disk": {"errors"},
-    "encoding": {"disk", "errors"},
-    "data": {"disk", "errors", "formats", "shapes"},
+    "encoding": {"deadline", "disk", "errors"},
+    "data": {"deadline", "disk", "errors", "formats", "shapes"},
     "models": {"errors", "chat", "bottleneck"},
     "args": {"compilation", "errors", "models", "processes"},  # models: only whether the hardware has bf16, once transformers is needed
     "generation": {"chat", "errors", "faults", "losses", "processes"},
@@ -75,13 +76,13 @@ MAY_IMPORT = {
     "faults": {"checkpoints", "errors"},
     "scoring": {"cpu_attention", "errors", "faults", "losses", "metrics", "processes"},
     "trained": {"errors"},
-    "trainer": {"batches", "checkpoints", "compilation", "cpu_attention", "curves", "dev_answers", "errors", "faults", "losses", "redaction",
-                "regularize", "scoring", "trained"},
+    "trainer": {"batches", "checkpoints", "compilation", "cpu_attention", "curves", "deadline", "dev_answers", "errors", "faults", "losses",
+                "redaction", "regularize", "scoring", "trained"},
     "runs": {"checkpoints", "errors", "model_card", "redaction", "report"},
     "scratch": {"errors", "models"},
-    "streaming": {"data", "encoding", "errors", "formats"},
-    "tasks": {"args", "batches", "chat", "data", "disk", "doctor", "encoding", "errors", "evaluation", "generation", "head_start",
-              "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming"},
+    "streaming": {"data", "deadline", "encoding", "errors", "formats"},
+    "tasks": {"args", "batches", "chat", "data", "deadline", "disk", "doctor", "encoding", "errors", "evaluation", "generation",
+                "head_start", "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming"},
 }
 
 

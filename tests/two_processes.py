@@ -1,4 +1,4 @@
-"""What each of two processes does for test_processes.py, which launches this file: evaluate.py, every recipe, a signal, an error."""
+"""What each of two processes does for test_processes.py, which launches this file: evaluate.py, all recipes, a signal, broken numbers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from test_methods import run_recipe
 from transformers import TrainerCallback
 
-from recipes.common import errors, processes
+from recipes.common import errors, faults, processes
 from recipes.common.trainer import RecipeTrainer
 
 
@@ -23,6 +23,22 @@ class SignalToRank1(TrainerCallback):
 class Signalled(RecipeTrainer):
     def __init__(self, *, callbacks, **kwargs):
         super().__init__(callbacks=[*callbacks, SignalToRank1()], **kwargs)
+
+
+class BrokenOnRank1(RecipeTrainer):
+    """In step 4, the loss is no number on rank 1 alone."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 and self.args.process_index == 1 else loss
+
+
+class Leaps(RecipeTrainer):
+    """In step 4, the loss is a hundredfold on rank 1 alone."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * 100 if self.state.global_step == 3 and self.args.process_index == 1 else loss
 
 
 def main(job: dict):
@@ -38,6 +54,14 @@ def main(job: dict):
     except SystemExit as end:
         (folder / f"status-{processes.rank()}").write_text(str(end.code))
     run_recipe("lora", model, data, folder / "stopped", *job["flags"], "--resume_from_checkpoint", "True")
+    for on_nan in ("skip", "rollback", "stop"):
+        try:
+            run_recipe("lora", model, data, folder / on_nan, *job["flags"], "--on_nan", on_nan, trainer_class=BrokenOnRank1)
+        except errors.UserError as error:
+            (folder / f"{on_nan}-{processes.rank()}").write_text(str(error))
+    faults.NEEDED = 2
+    trainer = run_recipe("lora", model, data, folder / "leap", *job["flags"], trainer_class=Leaps)
+    (folder / f"leap-{processes.rank()}").write_text(json.dumps([trainer.watch.events, trainer.watch.losses]))
     run_recipe("lora", model, folder / "nothing", folder / "error")
 
 

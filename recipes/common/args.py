@@ -121,7 +121,8 @@ class SharedArguments:
 
     on_nan: typing.Literal["stop", "skip", "rollback"] = option("stop", "a loss or gradient that is not finite: stop and name the rows, "
                                                                 "leave the step out, or also go back to the last checkpoint", group=FAULTS)
-    data_timeout: int = option(600, "seconds that the data of a step may take to come; 0: no limit", at_least=0, group=FAULTS)
+    data_timeout: int = option(600, "end the run when no row has come for so many seconds, in reading, tokenizing, training or evaluating; "
+                               "0: never", at_least=0, group=FAULTS)
     allow_changed: str = option(None, "on --resume_from_checkpoint: arguments that may differ from before, as in num_train_epochs,rows",
                                 group=FAULTS)
     repeats: str = option(None, "the run.json that this run repeats (scripts/train.py --config sets it): changed data are said",
@@ -468,6 +469,8 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{name} changes a model that is trained from the beginning: add --from_scratch, or leave it out")
     if shared.repeats and not Path(shared.repeats).is_file():
         raise UserError(f"--repeats {shared.repeats}: no such file; name the run.json of a finished run")
+    if shared.repeats:
+        _check_processes_of_repeat(shared, training)
     if shared.replay and shared.measure_forgetting:
         raise UserError("--replay measures forgetting on its own source: leave --measure_forgetting out")
     if not 0 < shared.dev_fraction < 1:
@@ -486,11 +489,28 @@ MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # 
 COME_WITHIN = 300  # seconds from the first process to the last, unless --ddp_timeout is given
 
 
+def _check_processes_of_repeat(shared: SharedArguments, training) -> None:
+    """Raise `UserError` if the run that is to be repeated had another number of processes, and so other steps. They are allowed by name."""
+    record = json.loads(Path(shared.repeats).read_text(encoding="utf-8"))
+    before, now = record.get("world_size", training.world_size), training.world_size  # older records don't say it
+    then = record["training_arguments"]
+    rows = [(each["per_device_train_batch_size"], each["gradient_accumulation_steps"]) for each in (then, training.to_dict())]
+    if before == now or "world_size" in (shared.allow_changed or "").split(","):
+        return
+    there, here = (a * b * size for (a, b), size in zip(rows, (before, now), strict=True))
+    effect = "its steps have as many rows, in another order and with other sums"
+    if there != here and not shared.tokens_per_step:
+        effect = f"a step would have {here} rows in place of {there}, which gives another run"
+    raise UserError(f"--config {shared.repeats}: that run had {before} process{'es' if before > 1 else ''}, and here {now} "
+                    f"{'are' if now > 1 else 'is'}: {effect}; start {before}, or allow it with --allow_changed world_size (and give "
+                    "--per_device_train_batch_size for as many rows a step)")
+
+
 def check_launch() -> None:
     """Raise `UserError` where the environment says that several processes were started which can't form a group, so that each would train
     alone and write into the same folder, or wait for ever. Loads nothing."""
     environ, launched = os.environ, {name: os.environ[name] for name in MEETING if name in os.environ}
-    right = ("start them with `accelerate launch --config_file recipes/accelerate/cpu_processes.yaml scripts/train.py ...` (GPUs: ddp.yaml) "
+    right = ("use `accelerate launch --config_file recipes/accelerate/cpu_processes.yaml scripts/train.py ...` (GPUs: ddp.yaml) "
              f"or `torchrun --nproc_per_node 2 scripts/train.py ...`; on Slurm {SLURM}")
     tasks = max((_count_of(name) for name in TASKS if name in environ), default=_count_of("SLURM_NTASKS"))
     if _count_of("WORLD_SIZE") == 1 and "LOCAL_RANK" not in launched and _count_of("RANK", 0, 0) == 0:

@@ -186,6 +186,9 @@ def changed_since(path: Path, asked: dict) -> list[str]:
     before, now = record["data"]["splits"], asked["rows"]
     found = [f"the {split} data are not those of {path}" for split in sorted(before.keys() | now)
              if split not in now or any(before.get(split, {}).get(name) != value for name, value in now[split].items())]
+    if record.get("world_size", asked["world_size"]) != asked["world_size"]:  # args.py has refused it, unless it was allowed
+        found.append(f"{path} is of {record['world_size']} processes, and this run is of {asked['world_size']}: another order of rows, and "
+                      "other sums")
     was = _named(record["model"])
     return found + ([f"the model is {asked['model']}, not {was} as in {path}"] if was != asked["model"] else [])
 

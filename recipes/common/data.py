@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recipes.common import disk, formats, shapes
+from recipes.common import deadline, disk, formats, shapes
 from recipes.common.errors import UserError
 from recipes.common.formats import File, Record
 from recipes.common.shapes import (  # noqa: F401
@@ -91,7 +91,7 @@ def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str
 
     def good() -> Iterator[dict]:
         nonlocal context
-        for record in records(file, check, columns):
+        for record in deadline.timed(records(file, check, columns), file.name):
             if record.wrong is None:
                 context += shapes.context_turns(record.row) if chat else 0
                 yield record.row
@@ -176,7 +176,7 @@ def sources(data: str | list[str]) -> list[Source]:
 def find(data: str, whole: bool = True) -> dict[str, Path | File]:
     """The files of one source by split. A data set of the Hub is downloaded whole, or read from there. Raises `UserError` for none."""
     path = Path(data)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return {"train": path}
     if not path.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A) and not formats.suggested(path):
@@ -184,7 +184,7 @@ def find(data: str, whole: bool = True) -> dict[str, Path | File]:
         raise UserError(f"--data {data}: no such file or folder")
     found = {}
     for split, names in SPLITS.items():
-        files = [[file for file in sorted(path.glob(f"{name}.*")) if file.is_file() and formats.suggested(file)
+        files = [[file for file in sorted(path.glob(f"{name}.*")) if not file.is_dir() and formats.suggested(file)
                   and file.name.lower().removesuffix(".gz").count(".") == 1] for name in names]
         first = next(filter(None, files), [])
         if len(first) > 1:

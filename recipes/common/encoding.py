@@ -2,13 +2,14 @@
 
 import gc
 import itertools
+import multiprocessing
 import os
 import secrets
 import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
 
-from recipes.common import disk
+from recipes.common import deadline, disk
 from recipes.common.errors import UserError
 
 
@@ -99,15 +100,20 @@ def _each(chunks: Iterator[tuple[int, Sequence[dict]]], one: One, processes: int
         yield from map(partial(_encode, one=one), chunks)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a process; more would fight for the cores
-    pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(one,))
+    done, others = multiprocessing.Value("L", 0), set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(one, done))
     try:
         waiting = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_work, chunk))
             if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft(), done)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), done)
+    except UserError:  # a process that hangs would be waited for below
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     except BrokenProcessPool as error:
         raise UserError("a process that tokenizes was ended from outside, most likely for want of memory: use fewer with "
                         "--preprocessing_num_workers") from error
@@ -115,10 +121,23 @@ def _each(chunks: Iterator[tuple[int, Sequence[dict]]], one: One, processes: int
         pool.shutdown(cancel_futures=True)
 
 
+def _result(future: Future, done) -> _Chunk:
+    """What a process of the pool made of a chunk. Raises `UserError` if none of them finishes a row in time."""
+    with deadline.deadline("tokenizing"):
+        before = -1
+        while not wait([future], timeout=1).done:
+            if before != (before := done.value):
+                deadline.renew()
+    return future.result()
+
+
 def _encode(chunk: tuple[int, Sequence[dict]], one: One) -> _Chunk:
     start, rows = chunk
     features, counts, left_out, refused = [], Counter(), [], {}
     for number, row in enumerate(rows, start=start + 1):
+        if _done is not None:
+            with _done:
+                _done.value += 1
         try:
             feature, counted = one(row)
         except Refused as error:
@@ -145,11 +164,12 @@ def _type(value) -> pa.DataType:
 
 
 _one = None  # in a process of the pool: its `one`, which is sent once and not with every chunk
+_done = None  # and how many rows all of them have begun
 
 
-def _start(one: One) -> None:
-    global _one
-    _one = one
+def _start(one: One, done) -> None:
+    global _one, _done
+    _one, _done = one, done
     gc.freeze()  # what the run has loaded is no garbage: looking through it would copy its pages into each process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its processes
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

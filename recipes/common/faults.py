@@ -1,4 +1,4 @@
-"""What happens to a run from outside and what goes wrong in it: signals, broken numbers, too little memory, data that don't come.
+"""What happens to a run from outside and what goes wrong in it: signals, broken numbers, too little memory.
 
 `Watch` is the Trainer's callback for all of these. What it remembers is part of every checkpoint, so that a resumed run knows it too.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_concat
@@ -197,44 +198,61 @@ class Watch(TrainerCallback, ExportableState):
             self.broken_in_a_row = 0
             self._watch_for_spikes(sum(losses))
             return gradient_norm
-        what, batches = self.broken or ("loss or gradient is broken in another process", [])
+        what = self._what_broke()
         self.broken_in_a_row += 1
         if self.on_nan == "stop" or self.broken_in_a_row >= GIVE_UP:
-            self._stop()
-        sentence = f"step {self.trainer.state.global_step + 1}: {what} on {self._rows(batches)}; "
-        if self.on_nan == "rollback":
-            sentence += self._roll_back()
+            self._stop(what)
+        undone = self._roll_back(what) if self.on_nan == "rollback" else ""
         self.trainer.model.zero_grad()  # without gradients, the optimizer changes nothing in this step
-        self.tell(sentence + "the step is left out")
+        self.tell(f"step {self.trainer.state.global_step + 1}: {what}; {undone}the step is left out")
         return gradient_norm
 
-    def _stop(self):
-        what, batches = self.broken or ("loss or gradient is broken in another process", [])
+    def _what_broke(self) -> str:
+        """What is broken, and on which rows; the same sentence in all processes, whose gradients are one."""
+        own = None
+        if self.broken is not None:
+            what, batches = self.broken
+            own = what.startswith("the loss"), what, self._rows(batches) + self._of_rank()
+        there = [broken for broken in self._of_all(own) if broken]
+        there = [broken for broken in there if broken[0]] or there  # a broken loss is what broke the gradient, of every process
+        return f"{there[0][1]} on {', '.join(rows for _, _, rows in there)}"
+
+    def _of_rank(self) -> str:
+        return f" of rank {self.trainer.args.process_index}" if self.trainer.args.world_size > 1 else ""
+
+    def _of_all(self, own) -> list:
+        """What each process has."""
+        return [own] if self.trainer.args.world_size == 1 else gather_object([own])
+
+    def _stop(self, what: str):
         last = checkpoints.newest(Path(self.trainer.args.output_dir))[0]
         rest = f"{last} is the last whole checkpoint" if last else "no checkpoint was written yet"
         many = f" ({GIVE_UP} steps in a row were broken)" if self.broken_in_a_row >= GIVE_UP else ""
         raise UserError(
-            f"step {self.trainer.state.global_step + 1}: {what} on {self._rows(batches)}{many}; look at these rows, lower --learning_rate, "
+            f"step {self.trainer.state.global_step + 1}: {what}{many}; look at these rows, lower --learning_rate, "
             f"or leave such steps out with --on_nan skip; {rest}")
 
-    def _roll_back(self) -> str:
+    def _roll_back(self, what: str) -> str:
         """Set weights and optimizer back to the newest whole checkpoint; the data and the schedule of the learning rate go on."""
         trainer = self.trainer
-        checkpoint = checkpoints.newest(Path(trainer.args.output_dir))[0]
+        [checkpoint] = broadcast_object_list([checkpoints.newest(Path(trainer.args.output_dir))[0]])  # rank 0 decides for all
         if checkpoint is None:
-            self._stop()
+            self._stop(what)
         schedule = trainer.lr_scheduler.state_dict()
         trainer._load_from_checkpoint(str(checkpoint))
         trainer._load_optimizer_and_scheduler(str(checkpoint))
         trainer.lr_scheduler.load_state_dict(schedule)
         return f"weights and optimizer are those of {checkpoint} again, and "
 
-    def _watch_for_spikes(self, loss: float) -> None:
+    def _watch_for_spikes(self, own: float) -> None:
+        """`own`: the loss of this process. All decide on the mean of theirs, and so alike."""
+        several = self.trainer.args.world_size > 1
+        loss = self.trainer.accelerator.reduce(torch.tensor(own, device=self.trainer.args.device), "mean").item() if several else own
         if len(self.losses) >= NEEDED:
             mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
             if loss > max(1.5 * mean, mean + 5 * deviation):
-                self.tell(f"step {self.trainer.state.global_step + 1}: the loss leapt to {loss:.3f}, from {mean:.3f} on average, "
-                          f"on {self._rows(self.seen)}")
+                _, rows = max(self._of_all((own, self._rows(self.seen) + self._of_rank())))  # where it is highest
+                self.tell(f"step {self.trainer.state.global_step + 1}: the loss leapt to {loss:.3f}, from {mean:.3f} on average, on {rows}")
         self.losses = [*self.losses, loss][-REMEMBERED:]
 
     def _rows(self, batches: list[dict]) -> str:
@@ -303,27 +321,3 @@ def joined(results: list[tuple]) -> tuple:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch says that a tensor found no room, on a GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError) or re.search("can't allocate memory|not enough memory", str(error)) is not None
-
-
-@contextlib.contextmanager
-def deadline(seconds: int, step: int):
-    """Raise `UserError` if the data of a step take longer than `seconds` (0: no limit) or their source fails."""
-    def late(number, frame):
-        raise UserError(f"step {step}: the data did not come within {seconds} s (--data_timeout): see whether their disk or server "
-                        "answers, then go on with --resume_from_checkpoint")
-
-    timed = seconds and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGALRM, late) if timed else None
-    if timed:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"step {step}: the data can't be read any more ({' '.join(str(error).split())[:200]}): when their source is back, "
-                        "go on with --resume_from_checkpoint") from error
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.common import shapes
+from recipes.common.deadline import deadline, timed
 from recipes.common.errors import UserError
 from recipes.common.shapes import short
 
@@ -69,9 +70,12 @@ def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
 
     Without `whole`, only the start is looked at: no hash, and what is not UTF-16 by its mark is taken for UTF-8.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, and a file is read more than once: write it to a file first, as in "
+                        "`zcat rows.gz > train.jsonl`")
     try:
         with path.open("rb") as stream:
-            file = File(str(path), "text", hashlib.file_digest(stream, "sha256").hexdigest() if whole else "streamed")
+            file = File(str(path), "text", _digest(stream, path) if whole else "streamed")
             stream.seek(0)
             file.gzipped = stream.read(2) == b"\x1f\x8b"
     except OSError as error:
@@ -116,6 +120,13 @@ def suggested(path: Path) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------ bytes and characters
+
+
+def _digest(stream, path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in timed(iter(lambda: stream.read(CHUNK), b""), str(path)):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -169,7 +180,8 @@ def _decode(file: File, encoding: str, see=lambda text: None) -> tuple[int, int,
     with _bytes(file) as stream:
         while chunk:
             pending, _ = decoder.getstate()
-            chunk = stream.read(CHUNK)
+            with deadline(file.name):
+                chunk = stream.read(CHUNK)
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:

@@ -113,6 +113,7 @@ def finish(trainer, task, shared, method) -> None:
         "task": task.name,
         "model": asdict(task.source),
         "command": command(training.world_size),
+        "world_size": training.world_size,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": task.report,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch.utils.data import IterableDataset
 
-from recipes.common import data, encoding
+from recipes.common import data, deadline, encoding
 from recipes.common.errors import UserError
 from recipes.common.formats import File
 
@@ -34,6 +34,7 @@ def rows(files: list[File], check: data.Check, columns: str | None, on_bad_row: 
         try:
             for record in data.records(file, check, columns):
                 number = record.number
+                deadline.renew()
                 if record.wrong is None:
                     yield f"{file.name}, {record.where}", record.row
                 elif on_bad_row == "skip":

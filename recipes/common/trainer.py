@@ -31,10 +31,24 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_flash_attn_2_available
 
-from recipes.common import batches, checkpoints, compilation, cpu_attention, curves, dev_answers, faults, losses, regularize, trained
+from recipes.common import (
+    batches,
+    checkpoints,
+    compilation,
+    cpu_attention,
+    curves,
+    deadline,
+    dev_answers,
+    faults,
+    losses,
+    regularize,
+    trained,
+)
 from recipes.common.errors import UserError
 from recipes.common.redaction import redacted
 from recipes.common.scoring import mean_loss
+
+GO_ON = "go on with --resume_from_checkpoint"
 
 
 class RecipeTrainer(Trainer):
@@ -122,9 +136,10 @@ class RecipeTrainer(Trainer):
             self.forgetting["before"] = self._scores_on_old_rows()
             self.log({f"old_{name}": value for name, value in self.forgetting["before"].items()})
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's, with the scores of answers written to dev rows where --eval_generate_rows asks for them."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        dataloader = Timely(dataloader, f"evaluation after step {self.state.global_step}")
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.questions and metric_key_prefix == "eval":
             with self.accelerator.autocast():
                 scores = dev_answers.score(self.accelerator.unwrap_model(self.model), self.task.tokenizer, self.questions,
@@ -248,10 +263,10 @@ class RecipeTrainer(Trainer):
 
         return None, self.watch.evaluate(outputs, inputs), inputs["labels"]
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """The micro-batches of a step. Raises `UserError` where the data don't come."""
-        with faults.deadline(self.shared.data_timeout, self.state.global_step + 1):
-            return super().get_batch_samples(*args, **kwargs)
+        coming = deadline.timed(epoch_iterator, f"step {self.state.global_step + 1}", GO_ON)
+        return super().get_batch_samples(coming, *args, **kwargs)
 
     def _get_grad_norm(self, *args, **kwargs):
         return self.watch.checked(super()._get_grad_norm(*args, **kwargs))
@@ -360,6 +375,22 @@ class RecipeTrainer(Trainer):
             return False
         trained.load(Path(checkpoint), self.model)
         return True
+
+
+class Timely:
+    """A loader of batches to evaluate on, whose batches have a deadline."""
+
+    def __init__(self, loader, what: str):
+        self.loader, self.what = loader, what
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return deadline.timed(self.loader, self.what, GO_ON)
 
 
 def _named_old(scores: dict) -> dict[str, float]:

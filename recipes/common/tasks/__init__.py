@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from recipes.common import args, batches, data, disk, doctor, encoding, losses, models, regularize, streaming
+from recipes.common import args, batches, data, deadline, disk, doctor, encoding, losses, models, regularize, streaming
 from recipes.common.errors import UserError
 
 DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
@@ -122,6 +122,7 @@ def load(shared, method, training) -> Task:
 
     Of several processes, the first one does the work, and the others find it in the cache.
     """
+    deadline.limit = shared.data_timeout
     with training.main_process_first(desc="reading the rows"):
         task = _load(shared, method, training)
     if training.process_index == 0:
@@ -187,7 +188,7 @@ def _stream(kind, shared, training, source, tokenizer) -> Task:
     files = streaming.files(shared.data, shared.columns)
     read = partial(streaming.rows, [found["train"] for found in files], kind.check(shared), shared.columns, shared.on_bad_row)
     name, limit = " + ".join(found["train"].name for found in files), shared.max_eval_samples or DEV_ROWS
-    first = disk.store(row for _, row in itertools.islice(read(lambda sentence: None), max(limit, 1000)))
+    first = disk.store(row for _, row in deadline.timed(itertools.islice(read(lambda sentence: None), max(limit, 1000)), name))
     devs = [data.read(found["dev"], kind.check(shared), shared.on_bad_row, shared.columns) for found in files if "dev" in found]
     dev = data.join(devs) if devs else data.Rows(first[:limit], f"{name} (first {len(first[:limit])} rows)", "streamed")
     task = _make(kind, shared, source, tokenizer, kind.facts(first, shared))
