@@ -52,14 +52,14 @@ REMEDIES = {
     "leak-near": "look at them, and take what is the same out of one of the two splits",
     "leak-id": "take these rows out of one of the two splits, or correct the ids",
     "not-compared": "",
-    **dict.fromkeys(("personal-email", "personal-id-card", "personal-bank-card", "personal-order", "personal-phone"),
+    **dict.fromkeys([f"personal-{kind.lower().replace('_', '-')}" for kind in KINDS],
                     "--mask_pii OUT writes a copy with placeholders in their place"),
 }
 
 _LABELS = ("label", "tags", "intent", "sentiment", "action")  # columns of a row, or keys of its turns
 _LEAKS = {"exact": "stand word for word in an earlier one", "near": "nearly stand in an earlier one", "id": "have an id of an earlier one"}
-PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "BANK_CARD": "bank card numbers",
-             "ORDER": "order numbers", "PHONE": "telephone numbers"}
+PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "IBAN": "bank account numbers",
+            "BANK_CARD": "bank card numbers", "ORDER": "order numbers", "PHONE": "telephone numbers"}
 
 
 @dataclass(frozen=True)
