@@ -15,7 +15,7 @@ Not found: names, postal addresses, dates of birth, addresses of computers (192.
 
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from phonenumbers import Leniency, PhoneNumberMatcher
 
 # Most specific first: the order decides between two findings of the same length.
 KINDS = ("EMAIL", "ID_CARD", "IBAN", "ORDER", "BANK_CARD", "PHONE")
+
+STAY = ("role", "id", "label", "tags", "intent", "sentiment", "action", "language")  # columns and keys that are not masked
 
 # An order number is the last group of a pattern, or all of it. With a word that says so, any number of four digits or more; after a
 # plain "order", "purchase" or 订单, of six, unless it is a date; without a word, two to four letters and six digits (MW204518), unless the
@@ -88,6 +90,8 @@ _SEVEN_DIGITS = re.compile(r"(?:[0-9][^0-9]*){7}")
 # What every finding has, but those of other order patterns. Most turns lack it, and looking for it takes a hundredth of the time.
 _LIKELY = re.compile("[@\uff20]|(?:[0-9\uff10-\uff19][^0-9\uff10-\uff19]*){4}")
 
+# JSON in a text (the arguments of a tool call) writes line ends and Chinese like this: they are no letters before a number.
+_ESCAPES = re.compile(r"\\(?:[nrtbf]|u[0-9a-fA-F]{4})")
 # Full-width forms and unusual blanks and dashes, one character for one, so that positions stay. Not the comma and the colon: beside
 # digits, the narrow ones mean a thousand and an hour.
 _NARROW = {0xFEE0 + ord(c): c for c in string.ascii_letters + string.digits + "@._-+()#%"}
@@ -113,7 +117,7 @@ def find(text: str, orders: Sequence[str] = ORDER_PATTERNS) -> list[Found]:
     """
     if orders == ORDER_PATTERNS and not _LIKELY.search(text):
         return []
-    narrow = text.translate(_NARROW)
+    narrow = _ESCAPES.sub(lambda match: " " * len(match[0]), text.translate(_NARROW))
     candidates = [Found(*match.span(), "EMAIL", match[0].lower()) for match in _EMAIL.finditer(narrow)]
     for pattern in orders:
         for match in re.finditer(pattern, narrow):
@@ -157,20 +161,42 @@ def mask_dialogue(messages: Sequence[dict], orders: Sequence[str] = ORDER_PATTER
     return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)], counts
 
 
-def mask_row(row: dict, orders: Sequence[str] = ORDER_PATTERNS) -> tuple[dict, dict[str, int]]:
-    """`mask_texts` over all that a model reads of a row of any task (data/README.md). Labels, tags and other columns stay.
+def mask_row(row: dict, orders: Sequence[str] = ORDER_PATTERNS, stay: Iterable[str] = STAY) -> tuple[dict, dict[str, int]]:
+    """`mask_texts` over every string of a row of any task (data/README.md), at whatever depth, but for the keys and columns of `stay`:
+    others of a data set are told apart by these, so they must not depend on what else stands in the row. Names of columns stay too.
 
     A value that is spread over several of a row's `tokens` is not found, as each of them has its own tag.
     """
-    if "messages" in row:
-        messages, counts = mask_dialogue(row["messages"], orders)
-        return {**row, "messages": messages}, counts
-    fields = [name for name in ("text", "text_pair", "source", "target") if row.get(name) is not None]
-    lists = [name for name in ("refs", "tokens") if name in row]
-    masked, counts = mask_texts([*(row[name] for name in fields), *(text for name in lists for text in row[name])], orders)
-    texts = iter(masked)
-    new = {name: next(texts) for name in fields} | {name: [next(texts) for _ in row[name]] for name in lists}
-    return row | new, counts
+    texts = []
+    _changed(row, texts.append, stay)
+    masked, counts = mask_texts(texts, orders)
+    masked = iter(masked)
+    return _changed(row, lambda text: next(masked), stay), counts
+
+
+def left_as_they_are(row: dict, stay: Iterable[str] = STAY) -> Iterator[tuple[str, str]]:
+    """(column, text) of what `mask_row` leaves alone: columns of `stay`, numbers, and names."""
+    def look(name: str, value, stays: bool):
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                yield name or key, str(key)
+                yield from look(name or key, entry, stays or key in stay)
+        elif isinstance(value, list):
+            for entry in value:
+                yield from look(name, entry, stays)
+        elif value is not None and (stays or not isinstance(value, str)):
+            yield name, str(value)
+
+    return look("", row, False)
+
+
+def _changed(value, change: Callable[[str], str], stay: Iterable[str]):
+    """`value` with each string in it replaced by what `change` makes of it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: entry if key in stay else _changed(entry, change, stay) for key, entry in value.items()}
+    return [_changed(entry, change, stay) for entry in value] if isinstance(value, list) else value
 
 
 def luhn(digits: str) -> bool:
