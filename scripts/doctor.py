@@ -41,7 +41,6 @@ LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatev
 WHOLE = 10**9   # a --max_length that shortens nothing
 SHOWN = 10      # refused rows of a file on the screen
 UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
-ESCAPES = re.compile(r"\\[nrt]")
 CUT = re.compile(r"[\w@.+ -]*[0-9@][\w@.+ -]*\.\.\.(?=['\"])", re.A)  # where a quotation (shapes.short) ends in a number or an address
 
 
@@ -79,7 +78,7 @@ def parse(argv: list[str]):
                         help="rows are near duplicates if they share this much of their pieces, 0.1 to 1 (default: 0.8)")
     parser.add_argument("--show", type=args.whole, default=0, metavar="N", help="print N rows of each split as the model reads them")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                        help="auto: colours if the screen is a terminal (default)")
+                        help="auto: colours if the screen is a terminal and NO_COLOR is not set (default)")
     parser.add_argument("--mask_pii", metavar="OUT", help="write a copy without personal data: a file for a file, else a folder; must not "
                         "exist")
     parser.add_argument("--json", metavar="OUT", help="write everything found to this file as well")
@@ -102,7 +101,7 @@ def parse(argv: list[str]):
         raise UserError("--mask_pii copies one source: run it for each --data by itself")
     if options.mask_pii and Path(options.data[0]).is_file() and not options.mask_pii.endswith(".jsonl"):
         raise UserError(f"--mask_pii {options.mask_pii}: the copy of a file is JSON Lines, so name a .jsonl file")
-    options.colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+    options.colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return options
 
 
@@ -137,8 +136,7 @@ def private(record):
     from recipes.common import pii
 
     if isinstance(record, str):
-        # What is quoted is written with escapes, and cut: "\n13812345678" begins with no letter n, and half a number is still one.
-        return CUT.sub("...", pii.mask_texts([ESCAPES.sub(" ", record)])[0][0])
+        return CUT.sub("...", pii.mask_texts([record])[0][0])  # what is quoted is cut, and half a number is still one
     if isinstance(record, dict):
         kept = ("row", "of_row", "rows", "groups")  # numbers, with the file's name if there are several
         return {name: value if name in kept else private(value)
@@ -181,7 +179,7 @@ def examine(options) -> int:
     for name, split in encoded.items():
         show(name, split, task, options)
     if options.mask_pii:
-        mask(Path(options.mask_pii), files, Path(shared.data[0]).is_file())
+        mask(Path(options.mask_pii), files, Path(shared.data[0]).is_file(), shared)
     severities = {finding.severity for finding in findings}
     status = 2 if "error" in severities else int(options.strict and "warning" in severities)
     if options.json:
@@ -219,14 +217,14 @@ def read(file, check, columns: str | None, renames: dict) -> Part:
 
 def tell(split: str, part: Part, on_bad_row: str) -> list:
     """Print what was read of a file. Returns the findings."""
-    from recipes.common.doctor import Finding
+    from recipes.common.doctor import Finding, visible
 
     kept, refused = len(part.rows), len(part.refused)
-    print(f"{split}: {kept + refused:,} rows read, {kept:,} kept, {refused:,} refused ({part.name})")
+    print(visible(f"{split}: {kept + refused:,} rows read, {kept:,} kept, {refused:,} refused ({part.name})"))
     for note in part.notes:
-        print(f"  note: {note}")
+        print(visible(f"  note: {note}"))
     for bad in part.refused[:SHOWN]:
-        print(f"  row {bad['row']}" + (f" (line {bad['line']})" if "line" in bad else "") + f": {bad['wrong']}")
+        print(visible(f"  row {bad['row']}" + (f" (line {bad['line']})" if "line" in bad else "") + f": {bad['wrong']}"))
     if refused > SHOWN:
         print(f"  ... and {refused - SHOWN:,} more; --json OUT lists all")
     findings = []
@@ -328,7 +326,7 @@ def encode(name: str, items: Sequence[dict], part: Part, task, whole, shared) ->
     Raises `UserError` if nothing of it can be encoded.
     """
     from recipes.common import data
-    from recipes.common.doctor import Finding, Split
+    from recipes.common.doctor import Finding, Split, visible
 
     training, findings, numbers = name == "train", [], part.numbers
     turns = task.name == "classify" and any("messages" in row for row in part.rows)
@@ -341,11 +339,11 @@ def encode(name: str, items: Sequence[dict], part: Part, task, whole, shared) ->
         task.encode(items, name, shared.on_bad_row, training)  # stops as well, and names the limit that is set
         raise
     for sentence in counts["sentences"]:
-        print(f"{name}: {sentence}")
+        print(visible(f"{name}: {sentence}"))
     if refused := counts["refused"]:
         sentences = {number: sentence.partition(": ")[2] for number, sentence in refused.items()}  # they name the item, not the file's row
         for number in list(sentences)[:SHOWN]:
-            print(f"{name}, row {numbers[number - 1]}: {sentences[number]}")
+            print(visible(f"{name}, row {numbers[number - 1]}: {sentences[number]}"))
         stopping = shared.on_bad_row == "stop" and name != "test"
         findings.append(Finding("error" if stopping else "warning", "refused-row", (
             f"{len(refused)} of {len(items)} {counts['unit']} in {name} can't be trained on with this model or these labels"),
@@ -382,12 +380,12 @@ def encode(name: str, items: Sequence[dict], part: Part, task, whole, shared) ->
 def encode_texts(name: str, items: Sequence[dict], part: Part, task) -> tuple[Encoded, list]:
     """`encode` for pretrain, which shortens nothing: it joins texts or cuts them. Raises `UserError`."""
     from recipes.common import disk
-    from recipes.common.doctor import Split
+    from recipes.common.doctor import Split, visible
 
     features, counts = task.encode(items, name, "skip", name == "train")
     made, *others = counts["sentences"]
     for sentence in others:
-        print(f"{name}: {sentence}")
+        print(visible(f"{name}: {sentence}"))
     causal = task.peft_type == "CAUSAL_LM"
     around = len(task.tokenizer("")["input_ids"]) if not causal else 1  # the tokens around a text, or the one that ends it
     lengths, strange, missing = [], [], unk_of(task.tokenizer)
@@ -483,6 +481,7 @@ def unknown(name: str, rows: list, strange: int, tokens: int) -> list:
 def show(name: str, encoded: Encoded, task, options) -> None:
     """Print some items of a split as the model reads them, evenly from the first to the last."""
     from recipes.common import doctor, evaluation, tasks
+    from recipes.common.doctor import visible
 
     for i in evaluation.spread(len(encoded.items), options.show):
         feature = encoded.features[int(encoded.at[i])] if encoded.at[i] >= 0 else None
@@ -493,61 +492,63 @@ def show(name: str, encoded: Encoded, task, options) -> None:
             continue
         ids, labels = feature["input_ids"], feature.get("labels")
         if labels is None:  # words that are drawn anew in each epoch
-            print(task.tokenizer.decode(ids))
+            shown = visible(task.tokenizer.decode(ids))
         elif task.peft_type in ("CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION"):
-            print(doctor.rendered(task.tokenizer, ids, labels, options.colour).rstrip("\n"))
+            shown = doctor.rendered(task.tokenizer, ids, labels, options.colour, visible).rstrip("\n")
         else:
-            print(task.tokenizer.decode(ids))
+            shown = visible(task.tokenizer.decode(ids))
+        print(shown)
         if task.peft_type == "TOKEN_CLS":
-            print(f"-> {tasks.module('tag').shown(encoded.items[i]['tokens'], encoded.items[i]['tags'])}")
+            print(f"-> {visible(tasks.module('tag').shown(encoded.items[i]['tokens'], encoded.items[i]['tags']))}")
         if task.peft_type == "SEQ_2_SEQ_LM":
-            print(f"-> {doctor.rendered(task.tokenizer, labels, labels, options.colour)}")
+            print(f"-> {doctor.rendered(task.tokenizer, labels, labels, options.colour, visible)}")
         if task.peft_type == "SEQ_CLS":
-            print(f"-> {doctor.marked(json.dumps(encoded.items[i]['label'], ensure_ascii=False), options.colour)}")
+            print(f"-> {doctor.marked(visible(json.dumps(encoded.items[i]['label'], ensure_ascii=False)), options.colour)}")
 
 
-def mask(out: Path, files: list[tuple[str, Part]], single: bool) -> None:
+def mask(out: Path, files: list[tuple[str, Part]], single: bool, shared) -> None:
     """Write the copy without personal data: `single` a file, else a folder with a file a split. Raises `UserError`."""
-    from recipes.common import doctor, pii
+    from recipes.common import disk, doctor, pii
 
     if broken := next((part.broken for _, part in files if part.broken), None):
         raise UserError(f"--mask_pii {out} is not written, as the data can't be read whole: {broken}")
-    texts, counts, left, elsewhere = {}, Counter(), [], Counter()
-    for split, part in files:
-        lines = []
+    counts, spread, left, stay = Counter(), [], {}, {*pii.STAY, shared.label}
+
+    def masked(split: str, part: Part) -> Iterator[str]:
         for number, row in zip(part.numbers, part.rows, strict=True):
-            masked, own = pii.mask_row(row)
+            new, own = pii.mask_row(row, stay=stay)
             counts.update(own)
-            left += [f"{split} {number}"] if any(pii.find(text) for text in doctor.texts(masked)) else []
-            elsewhere.update({column for column, text in others(row) if any(found.kind != "ORDER" for found in pii.find(text))})
-            lines.append(json.dumps(masked, ensure_ascii=False) + "\n")
-        texts[split] = "".join(lines)
+            spread.extend([f"{split} {number}"] if any(pii.find(text) for text in doctor.texts(new)) else [])
+            for column in {column for column, text in pii.left_as_they_are(row, stay) if any(
+                    found.kind != "ORDER" for found in pii.find(text))}:
+                left.setdefault(column, []).append(f"{split} {number}")
+            yield json.dumps(new, ensure_ascii=False, default=str) + "\n"
 
     def fill(path: Path) -> None:
-        if single:
-            path.write_text(texts["train"], "utf-8", newline="\n")
-            return
-        path.mkdir()
-        for split, text in texts.items():
-            (path / f"{split}.jsonl").write_text(text, "utf-8", newline="\n")
+        if not single:
+            path.mkdir()
+        for split, part in files:
+            with (path if single else path / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(masked(split, part))
+            disk.forget()
 
     write(out, "--mask_pii", fill)
     print(f"\nwrote {out}: {sum(len(part.rows) for _, part in files):,} rows; "
           + (", ".join(f"{counts[kind]:,} {doctor.PERSONAL[kind]}" for kind in pii.KINDS if counts[kind]) or "nothing") + " masked")
     if refused := sum(len(part.refused) for _, part in files):
         print(f"  {refused:,} refused rows are not in it")
-    if left:
-        print(f"  {len(left)} rows still hold some, spread over several tokens: {', '.join(left[:SHOWN])}{', ...' * (len(left) > SHOWN)}")
-    for column, n in elsewhere.items():
-        print(f'  "{column}" is copied as it is, although {n} rows hold personal data in it; no model reads it')
+    if shared.columns:
+        print("  its columns have their new names: leave --columns out where it is read")
+    if spread:
+        print(f"  {len(spread)} rows still hold some, spread over several tokens: {some(spread)}")
+    for column, rows in left.items():
+        name = doctor.visible(json.dumps(column, ensure_ascii=False))
+        print(f"  {name} is copied as it is, although {len(rows)} rows hold personal data in it, as a label, an id, a number or a "
+              f"name: {some(rows)}")
 
 
-def others(row: dict):
-    """(name, text) of the strings in a row and its turns that no model reads."""
-    for entry in (row, *row.get("messages", ())):
-        for name, value in entry.items():
-            if isinstance(value, str) and name not in ("content", "role", "text", "text_pair", "source", "target", "id"):
-                yield name, value
+def some(rows: list[str]) -> str:
+    return ", ".join(rows[:SHOWN]) + ", ..." * (len(rows) > SHOWN)
 
 
 def write(out: Path, flag: str, fill) -> None:

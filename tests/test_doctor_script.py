@@ -4,6 +4,7 @@
 """
 
 import argparse
+import datetime
 import gzip
 import importlib.util
 import json
@@ -13,6 +14,8 @@ import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import DIALOGUES, ROOT, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -411,6 +414,25 @@ def test_show_marks_what_is_trained_on(doctor, write_jsonl):
     assert "row 1 (76 tokens: left out)" in doctor("--data", path, "--show", 4, "--max_length", 30)[1]
 
 
+def test_no_colour_where_none_is_wanted(doctor, write_jsonl, monkeypatch):
+    path = write_jsonl(DIALOGUES)
+    monkeypatch.setattr(script.sys.stdout, "isatty", lambda: True, raising=False)
+    assert script.parse(["--data", str(path)]).colour
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not script.parse(["--data", str(path)]).colour
+    assert script.parse(["--data", str(path), "--color", "always"]).colour, "a flag is stronger than the environment"
+
+
+def test_control_characters_never_reach_the_terminal(doctor, write_jsonl):
+    evil = "\x1b[2J\x1b]0;mine\x07 \r\x9b31m\u202eabc"
+    chat_rows = [{"messages": [{"role": "user", "content": f"Hi {evil}"}, {"role": "assistant", "content": f"Yo {evil}"}]}] * 3
+    labels = [{"text": f"Hi {evil} {i}", "label": f"{evil}{i % 2}"} for i in range(6)] + [{"text": "x", "label": f"once {evil}"}]
+    for rows, task in (([*chat_rows, {"messages": evil}], "chat"), ([*labels, {evil: 1}, {"text": 1, "label": evil}], "classify")):
+        out = doctor("--data", write_jsonl(rows), "--task", task, "--show", 1000, "--on_bad_row", "skip")[1]
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", re.sub("Tokenizing.*", "", out)) and "\\x1b[2J" in out
+        assert out.count("\n--- ") == (3 if task == "chat" else 7), "all rows, if there are fewer than N"
+
+
 @pytest.mark.parametrize("task, shown", [
     ("classify", r"\[CLS\] where is my order\? \[SEP\]\n-> ⟦\"order\"⟧"),
     ("tag", r"\[CLS\].*\[SEP\]\n-> day: Friday"),
@@ -448,8 +470,9 @@ def test_the_copy_of_a_file(doctor, write_jsonl, tmp_path):
     assert [m["content"] for m in rows[0]["messages"]] == [
         "我是[EMAIL_1]，手机[PHONE_1]", "收到，稍后打[PHONE_1]", "也可以打[PHONE_2]", "好的"]
     assert rows[0]["id"] == "a" and rows[0]["messages"][1]["train"] is False and rows[1]["messages"][0]["content"] == "Mail [EMAIL_1]"
-    assert "2 rows; 2 e-mail addresses, 3 telephone numbers masked\n  1 refused rows are not in it\n" in printed
-    assert '"contact" is copied as it is, although 1 rows hold personal data in it' in printed
+    assert rows[1]["contact"] == "[EMAIL_1]", "the same person as in the turns"
+    assert "2 rows; 3 e-mail addresses, 3 telephone numbers masked\n  1 refused rows are not in it\n" in printed
+    assert "copied as it is" not in printed
     assert data.read(out, data.check_dialogue).rows == rows
     assert "personal data: none found" in doctor("--data", out)[1]
 
@@ -462,6 +485,57 @@ def test_the_copy_of_a_folder(doctor, write_jsonl, tmp_path):
     [row] = data.read(tmp_path / "copy/test.jsonl", data.check_dialogue).rows
     assert row["messages"][0]["content"] == "Mail [EMAIL_1]?"
     assert len(data.read(tmp_path / "copy/train.jsonl", data.check_dialogue).rows) == 4, "held-out rows are train rows in the copy"
+
+
+def test_what_stays_in_the_copy_is_told(doctor, write_jsonl, tmp_path):
+    rows = [{"id": "13812345678", "messages": PERSONAL[0]["messages"], "phone": 13812345678, "by": {"jo@example.com": "jo@example.com"},
+             "shop": ["al@example.com", 3, None]}]
+    out = doctor("--data", write_jsonl(rows * 2), "--mask_pii", tmp_path / "copy.jsonl", "--columns", "shop=seller")[1]
+    assert "error: " in out and "no row has a column 'seller'" in out and not (tmp_path / "copy.jsonl").exists()
+    out = doctor("--data", write_jsonl(rows * 2), "--mask_pii", tmp_path / "copy.jsonl")[1]
+    for column in ("id", "phone", "by"):
+        assert f'  "{column}" is copied as it is, although 2 rows hold personal data in it, as a label, an id, a number or a name: ' in out
+    assert out.count("is copied as it is") == 3
+    [row, _] = data.read(tmp_path / "copy.jsonl", data.check_dialogue).rows
+    assert row["by"] == {"jo@example.com": "[EMAIL_1]"} and row["shop"] == ["[EMAIL_2]", 3, None]
+
+
+TOOLS = {"messages": [
+    {"role": "user", "content": [{"type": "text", "text": "I am jo@example.com, "}, {"type": "text", "text": "13812345678"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "find", "arguments": json.dumps(
+        {"mail": "jo@example.com", "note": "电话\n13812345678", "by": ["x\n139 1234 5678"]})}}]},
+    {"role": "tool", "content": '{"phone": 13812345678}'}, {"role": "assistant", "content": "Found you."}]}
+
+
+def test_tool_calls_and_parts_are_masked(doctor, write_jsonl, tmp_path):
+    doctor("--data", write_jsonl([TOOLS, TOOLS]), "--mask_pii", tmp_path / "copy.jsonl")
+    written = (tmp_path / "copy.jsonl").read_text(encoding="utf-8")
+    assert "1234" not in written and "jo@" not in written
+    messages = data.read(tmp_path / "copy.jsonl", data.check_dialogue).rows[0]["messages"]
+    assert messages[0]["content"] == "I am [EMAIL_1], [PHONE_1]" and messages[2]["content"] == '{"phone": [PHONE_1]}'
+    assert '"mail": "[EMAIL_1]"' in messages[1]["content"] and "[PHONE_2]" in messages[1]["content"]
+
+
+def as_parquet(rows: list[dict], path) -> None:
+    pq.write_table(pa.Table.from_pylist([{**row, "when": datetime.datetime(2024, 1, 15)} for row in rows]), path)
+
+
+def as_csv(rows: list[dict], path) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("question,answer,note\n" + "".join(f"{row['question']},{row['answer']},{row['note']}\n" for row in rows))
+
+
+@pytest.mark.parametrize("name, write", [("faq.parquet", as_parquet), ("faq.csv.gz", as_csv)])
+def test_copies_of_tables(name, write, doctor, tmp_path):
+    rows = [{"question": f"Call 1381234567{i}", "answer": f"Yes 1381234567{i}", "note": f"jo{i}@example.com"} for i in range(5)]
+    write(rows, tmp_path / name)
+    status, out = doctor("--data", tmp_path / name, "--mask_pii", tmp_path / "one.jsonl")
+    assert status == 0 and "5 rows; 5 e-mail addresses, 10 telephone numbers masked\n" in out
+    copied = list(data.read(tmp_path / "one.jsonl", data.check_dialogue).rows)
+    assert len(copied) == 5 and all(row["note"] == "[EMAIL_1]" for row in copied)
+    assert {turn["content"] for row in copied for turn in row["messages"]} == {"Call [PHONE_1]", "Yes [PHONE_1]"}
+    doctor("--data", tmp_path / "one.jsonl", "--mask_pii", tmp_path / "two.jsonl")
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes(), "masking again changes nothing"
 
 
 def test_numbers_that_are_spread_over_tokens_are_told(doctor, write_jsonl, tmp_path):

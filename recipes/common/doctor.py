@@ -6,8 +6,9 @@ row numbers, never the text of a row, so that personal data doesn't get into a l
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -52,14 +53,15 @@ REMEDIES = {
     "leak-near": "look at them, and take what is the same out of one of the two splits",
     "leak-id": "take these rows out of one of the two splits, or correct the ids",
     "not-compared": "",
-    **dict.fromkeys(("personal-email", "personal-id-card", "personal-bank-card", "personal-order", "personal-phone"),
+    **dict.fromkeys([f"personal-{kind.lower().replace('_', '-')}" for kind in KINDS],
                     "--mask_pii OUT writes a copy with placeholders in their place"),
 }
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # but for line end and tab
 _LABELS = ("label", "tags", "intent", "sentiment", "action")  # columns of a row, or keys of its turns
 _LEAKS = {"exact": "stand word for word in an earlier one", "near": "nearly stand in an earlier one", "id": "have an id of an earlier one"}
-PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "BANK_CARD": "bank card numbers",
-             "ORDER": "order numbers", "PHONE": "telephone numbers"}
+PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "IBAN": "bank account numbers",
+            "BANK_CARD": "bank card numbers", "ORDER": "order numbers", "PHONE": "telephone numbers"}
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,9 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> 
             "  languages: " + ", ".join(f"{language} {n:,}" for language, n in split["languages"].items()),
         ]
         for column, labels in split["labels"].items():
-            lines.append(f"  {column}: {len(labels['counts']):,} labels, entropy {labels['entropy']:.2f} of {labels['most']:.2f} bits: "
-                         + _listed([f"{label} {n:,}" for label, n in labels["counts"].items()], 6))
+            shown = _listed([f"{label} {n:,}" for label, n in labels["counts"].items()], 6)
+            lines.append(f"  {visible(column)}: {len(labels['counts']):,} labels, entropy {labels['entropy']:.2f} of {labels['most']:.2f} "
+                         f"bits: {visible(shown)}")
         personal = ", ".join(f"{PERSONAL[kind]} {found['places']:,} (rows: {len(found['rows']):,})"
                              for kind, found in split["personal_data"].items())
         lines += [
@@ -280,7 +283,7 @@ def verdict(findings: Sequence[Finding], colour: bool = False) -> list[str]:
         mark = f"\033[{paint}m{finding.severity}\033[0m" if colour else finding.severity
         rows = f" (row{'s' * (len(finding.rows) > 1)} {_listed(finding.rows)})" if finding.rows else ""
         remedy = REMEDIES[finding.code]
-        lines.append(f"{mark}: {finding.sentence}{rows}{remedy and f'; {remedy}'} [{finding.code}]")
+        lines.append(f"{mark}: {visible(finding.sentence)}{rows}{remedy and f'; {remedy}'} [{finding.code}]")
     totals = Counter(finding.severity for finding in findings)
     return [*lines, f"errors: {totals['error']}, warnings: {totals['warning']}, infos: {totals['info']}"]
 
@@ -294,11 +297,16 @@ def bars(bins: Sequence[dict]) -> list[str]:
             for bin in bins]
 
 
-def rendered(tokenizer, input_ids: Sequence[int], labels: Sequence[int], colour: bool = True) -> str:
+def visible(text: str) -> str:
+    """`text` for a terminal: characters that could move its cursor, change its colours or turn the text around become escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def rendered(tokenizer, input_ids: Sequence[int], labels: Sequence[int], colour: bool = True, change: Callable = lambda text: text) -> str:
     """The text of `input_ids`, special tokens included, with what is trained on in green (ANSI), or in ⟦brackets⟧ without colour.
 
     `labels` (not shifted) have `chat.IGNORE` where nothing is trained on. A character whose bytes fall on both sides of a border
-    counts to the later side. Raises ValueError when the two differ in length.
+    counts to the later side. `change` is applied to the text before it is marked. Raises ValueError when the two differ in length.
     """
     if len(input_ids) != len(labels):
         raise ValueError(f"{len(input_ids)} input_ids but {len(labels)} labels")
@@ -311,7 +319,7 @@ def rendered(tokenizer, input_ids: Sequence[int], labels: Sequence[int], colour:
             if not last:
                 so_far = so_far.rstrip("\ufffd")
             piece, text = so_far[len(text):], so_far
-            shown += piece if label == IGNORE else marked(piece, colour)
+            shown += change(piece) if label == IGNORE else marked(change(piece), colour)
     return shown
 
 
