@@ -154,6 +154,39 @@ def test_real_chinese_in_gb18030_reads_as_in_utf8(tmp_path, name):
     assert read(put(tmp_path, text.encode("gb18030")), lambda row: None).rows == read(path, lambda row: None).rows
 
 
+ASCII = b'{"prompt": "Hi", "response": "Yo, it is on its way to you"}\n' * 20_000  # more than formats.CHUNK
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "streamed"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
+def test_chinese_after_a_megabyte_of_ascii(tmp_path, whole, zipped):
+    assert len(ASCII) > formats.CHUNK
+    for encoding in ("gb18030", "utf-8"):
+        content = ASCII + encode(PAIR[1:] * 3, "jsonl", encoding)
+        file = formats.identify(put(tmp_path, gzip.compress(content, 1) if zipped else content, "a"), (), whole)
+        assert file.encoding == encoding and [record.row for record in data.records(file, check_dialogue)][-1] == CHAT[1]
+        assert ["if '我的包裹在哪里' is garbled, save it as UTF-8" in note for note in file.notes] == [True] * (encoding != "utf-8")
+
+
+def test_a_broken_byte_in_chinese_is_no_gb18030(tmp_path):
+    draw, content = random.Random(0), encode(PAIR * 20, "jsonl")
+    for at in draw.sample([i for i, byte in enumerate(content) if byte > 127], 40):
+        broken = content[:at] + draw.choice([b"", b"?", b"\xff", b"\xc3"]) + content[at + 1:]
+        path = put(tmp_path, broken)
+        assert f"row {content[:at].count(10) + 1}: not UTF-8 text" in complaint(path)
+        assert formats.identify(path, whole=False).encoding == "utf-8"
+
+
+@pytest.mark.parametrize("content, said", [
+    (encode(PAIR, "jsonl", "utf-16-le"), "looks like UTF-16 without its byte order mark"),
+    (encode(PAIR, "csv", "utf-16-be"), "looks like UTF-16 without its byte order mark"),
+    (encode(PAIR, "jsonl", "utf-32"), "is UTF-32 by its byte order mark"),
+    (encode(PAIR, "jsonl") + b'{"prompt": "a\0", "response": "b"}\n', "row 3: a NUL byte, which no text holds (byte 0x00 at offset "),
+])
+def test_other_unicode_is_told(tmp_path, content, said):
+    assert said in complaint(put(tmp_path, content))
+
+
 # ------------------------------------------------------------------------------------------------------------- CSV and JSON
 
 
@@ -172,6 +205,28 @@ def test_real_chinese_in_gb18030_reads_as_in_utf8(tmp_path, name):
 ])
 def test_a_bad_table_is_told(tmp_path, text, said):
     assert said in complaint(put(tmp_path, text.encode(), "a.csv"))
+
+
+def test_a_line_of_ten_megabytes_is_a_row(tmp_path):
+    """Whole, and broken: the sentence shows its beginning alone."""
+    long = b'{"prompt": "' + b"x" * 10**7
+    [row, _] = read(put(tmp_path, long + b'", "response": "Yo"}\n' + encode(PAIR[:1], "jsonl")), check_dialogue).rows
+    assert len(row["messages"][0]["content"]) == 10**7
+    said = complaint(put(tmp_path, encode(PAIR[:1], "jsonl") + long + b"\n"))
+    assert "row 2: broken JSON at column 12 (Unterminated string" in said and len(said) < 400
+
+
+def test_a_file_of_bad_rows_alone_says_what_is_wrong_with_the_first(tmp_path):
+    path = put(tmp_path, b"Text,Label\nHi,a\nHo,b\n", "a.csv")
+    assert 'no usable row, as all 2 are bad ones; the first, row 1 (line 2): no column "text" (columns: Text, Label)' in complaint(
+        path, check_classify, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("text", ['\ufefftext,label\nHi,1\nHo,2\n',
+                                  '\ufeff"text","label"\n"Hi","1"\n"Ho","2"\n', '\ufefftext;label\nHi;1\nHo;2\n', "text\tlabel\nHi\t1\nHo\t2\n"],
+                         ids=["bom", "quoted", "semicolon", "tab"])
+def test_tables_of_numbered_labels(tmp_path, text):
+    assert read(put(tmp_path, text.encode(), "a.csv"), check_classify).rows == [{"text": "Hi", "label": "1"}, {"text": "Ho", "label": "2"}]
 
 
 def test_rows_of_a_table_are_skipped_and_listed(tmp_path):
@@ -210,6 +265,12 @@ def test_a_file_cut_anywhere_is_never_half_read(tmp_path, form, zipped):
     ("a.xlsx", b"PK\x03\x04rest", "zip archive or an Excel workbook"),
     ("a.json", b'[{"a": 1},\n', "a.json: broken JSON at line 2, column 1"),
     ("a.jsonl", b'[\n{"a": 1},\n{"a"\n]', "a.jsonl: broken JSON at line 4, column 1"),
+    ("a.json", b'[{"prompt": "a", "response": "b"}, {"n": [{"a": 1, "a": 2}]}]', "row 2: the key 'a' stands twice in one object"),
+    ("a.json", b'[{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "\\u0000"}]', "row 2: there is a NUL character"),
+    ("a.json", b'[{"prompt": "a", "response": "b"}, NaN]', "row 2: NaN is no number"),
+    ("a.json", b'{"data": [], "data": []}', "row 1: the key 'data' stands twice"),
+    ("a.json", b"[" * 10**5 + b"]" * 10**5, "JSON nested too deeply"),
+    ("a.csv", b'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n', "row 1 (line 2): \"messages\" begins like a JSON list but"),
 ])
 def test_a_damaged_file_is_told(tmp_path, name, content, said):
     assert said in complaint(put(tmp_path, content, name))
@@ -234,6 +295,9 @@ CALLED = '{"name": "find", "arguments": {"id": 7}}'
     ({"prompt": "Hi", "completion": "Yo"}, [U, A]),
     ({"question": "Hi", "answer": "Yo"}, [U, A]),
     ({"query": "Hi", "response": "Yo", "history": [["a", "b"]]}, [("user", "a", True), ("assistant", "b", False), U, A]),
+    ({"instruction": "Hi", "input": " \n", "output": "Yo", "history": None}, [U, A]),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 1},
+                   {"role": "assistant", "content": "Yo", "weight": None}]}, [U, A, A]),
     ({"instruction": "Hi", "input": "", "output": "Yo", "history": []}, [U, A]),
     ({"instruction": "Hi", "input": "you", "output": "Yo", "system": "Be."}, [("system", "Be.", True), ("user", "Hi\nyou", True), A]),
     ({"conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
@@ -275,6 +339,10 @@ def test_other_columns_and_keys_are_kept():
     ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]}, "turn 2: content must"),
     ({"conversations": "Hi"}, '"messages" must be a list of turns'),
     ({"conversations": [{"from": "bot", "value": "Hi"}]}, "role 'bot' is unknown"),
+    ({"conversations": [{"from": "human", "role": "user", "value": "Hi"}]}, 'turn 1: both "from" and "role" are given'),
+    ({"conversations": [{"from": "human", "value": "Hi", "content": "Ho"}]}, 'turn 1: both "value" and "content" are given'),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 0.5}]}, '"weight" must be 0 (read,'),
+    ({"messages": [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}]}, "a system turn may only come first"),
 ])
 def test_a_bad_shape_is_told(tmp_path, row, said):
     assert said in complaint(put(tmp_path, encode([CHAT[0], row], "jsonl"))) and ", row 2: " in complaint(tmp_path / "a.jsonl")

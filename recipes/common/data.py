@@ -102,7 +102,8 @@ def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str
 
     rows = disk.store(good())
     if not rows:
-        raise UserError(f"{file.name} holds no {'usable ' if skipped else ''}row: data/README.md says what a file may hold")
+        raise UserError(f"{file.name} holds no usable row, as all {len(skipped)} are bad ones; the first, {skipped[0]}" if skipped else
+                        f"{file.name} holds no row: data/README.md says what a file may hold")
     notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
                              '"train": false)'] if context else [])]
     return Rows(rows, file.name, file.sha256, skipped, notes)
