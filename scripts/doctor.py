@@ -43,7 +43,7 @@ class Part:
 
     name: str
     rows: list[dict] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    numbers: list[int | str] = field(default_factory=list)
     refused: list[dict] = field(default_factory=list)  # {"row", "line" if it differs, "wrong"}
     notes: list[str] = field(default_factory=list)
     broken: str | None = None  # why the file can't be read, or not to its end
@@ -103,12 +103,14 @@ def examine(options) -> int:
 
     shared, kind = options.shared, tasks.module(options.task)
     renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
-    found = [data.find(source.name) for source in sources]
+    found = data.find_all(shared.data, split=shared.split)
     model = models.resolve(shared.model, shared.fallback_model, weights=False)
     tasks.check_cell(shared.task, model, args.Method())
     sources = [{split: read(file, kind.check(shared), shared.columns, renames) for split, file in files.items()} for files in found]
     files = [(split, part) for source in sources for split, part in source.items()]
     findings = [finding for split, part in files for finding in tell(split, part, shared.on_bad_row)]
+    for sentence in data.tell_not_read(data.not_read(shared.data, split=shared.split)):
+        print(f"note: {sentence}")
     hold_out(sources, options)
     splits = {split: joined([source[split] for source in sources if split in source]) for split in data.SPLITS}
     splits = {split: part for split, part in splits.items() if part.rows}
@@ -147,14 +149,15 @@ def read(file, check, columns: str | None, renames: dict) -> Part:
 
     part = Part(str(file) if isinstance(file, Path) else file.name)
     try:
-        file = formats.identify(file, renames) if isinstance(file, Path) else file
+        file = file if isinstance(file, formats.File) else formats.identify(file, renames)
         part.notes += file.notes
         for record in data.records(file, check, columns):
+            number = f"{record.shard}:{record.number}" if record.shard else record.number
             if record.wrong is None:
                 part.rows.append(record.row)
-                part.numbers.append(record.number)
+                part.numbers.append(number)
             else:
-                part.refused.append({"row": record.number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
+                part.refused.append({"row": number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
     except UserError as error:
         part.broken = str(error)
     return part

@@ -45,10 +45,21 @@ class Record(NamedTuple):
     row: dict
     wrong: str | None = None
     line: int | None = None  # where it begins, if that is not the number
+    shard: str | None = None  # the name of its file, where several hold a split
 
     @property
     def where(self) -> str:
-        return f"row {self.number}" + (f" (line {self.line})" if self.line else "")
+        return (f"{self.shard}, " if self.shard else "") + f"row {self.number}" + (f" (line {self.line})" if self.line else "")
+
+
+class Shards(NamedTuple):
+    """The files that hold a split together, in order."""
+
+    name: str
+    paths: list[Path]
+
+    def __str__(self):
+        return self.name
 
 
 @dataclass
@@ -64,13 +75,16 @@ class File:
     columns: list[str] | None = None  # where they are stated once for all rows
     notes: list[str] = field(default_factory=list)
     hub: Callable[[], Iterator[dict]] | None = None  # the rows of such a split
+    shards: list["File"] = field(default_factory=list)  # of one format; their rows are the file's
 
 
-def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
+def identify(path: Path | Shards, names: Iterable[str] = (), whole: bool = True) -> File:
     """What `path` is. `names` are columns that the user expects, beside those of shapes.NAMES. Raises `UserError`.
 
     Without `whole`, there is no hash, and the encoding is told from the first megabyte that is not ASCII, if it is within LOOKED_AT.
     """
+    if isinstance(path, Shards):
+        return _together(path, [identify(shard, names, whole) for shard in path.paths])
     try:
         with path.open("rb") as stream:
             file = File(str(path), "text", hashlib.file_digest(stream, "sha256").hexdigest() if whole else "streamed")
@@ -110,6 +124,16 @@ def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
     if hint and file.format != hint and first:
         file.notes.append(f"{path} is read as {file.format}, which its content is, whatever its name says")
     return file
+
+
+def _together(shards: Shards, files: list[File]) -> File:
+    other = next((file for file in files if file.format != files[0].format), None)
+    if other:
+        raise UserError(f"{shards.name}: {files[0].name} is {files[0].format}, but {other.name} is {other.format}: the files of a split "
+                        "must be of one format, so save them alike or move one away")
+    sha256 = "streamed" if files[0].sha256 == "streamed" else hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()
+    return File(shards.name, files[0].format, sha256, gzipped=any(file.gzipped for file in files),
+                notes=[note for file in files for note in file.notes], shards=files)
 
 
 def records(file: File) -> Iterator[Record]:
@@ -174,8 +198,8 @@ def _find_encoding(file: File, hint: str | None) -> None:
         if hint == "csv" or (hint is None and _format(first, None, None, ()) == "csv"):
             row = f"row {_csv_row(stream, line)} (line {line})"
     if byte == 0:
-        raise UserError(f"{file.name}, {row}: a NUL byte, which no text holds (byte 0x00 at offset {offset}): take it out, or save the file "
-                        "as UTF-8")
+        raise UserError(f"{file.name}, {row}: a NUL byte, which no text holds (byte 0x00 at offset {offset}): take it out, or save the "
+                        "file as UTF-8")
     known = "UTF-16 as its byte order mark says" if file.encoding != "utf-8" else "UTF-8 text, nor clearly Chinese in GB18030"
     raise UserError(f"{file.name}, {row}: not {known} (byte {byte:#04x} at offset {offset}); save the file as UTF-8")
 
