@@ -71,6 +71,10 @@ class Stored(Sequence):
         """The same rows, which are told where they were read: `places` has three numbers a row."""
         return Stored(self._rows, self._order, names, np.array(places, dtype=np.int32).reshape(-1, 3))
 
+    def number(self, at: int) -> int:
+        """The number that row `at`, of a source that was read, has in its file."""
+        return int(self._places[self._order[at], 1])
+
     def where(self, at: int, named: bool = True) -> str | None:
         """The file and row that row `at` was read from, in words; without `named`, the file only where there are several."""
         if self._places is None:
