@@ -54,7 +54,8 @@ def main():
     rows = data.read(Path(options.data), check, options.on_bad_row)
     for sentence in rows.skipped:
         print(f"skipped {sentence}")
-    sources = {number: row for number, row in enumerate(rows.rows, start=1) if "augmented" not in row and spoken(row, options.language)}
+    sources = {rows.rows.number(at): row for at, row in enumerate(rows.rows)
+               if "augmented" not in row and spoken(row, options.language)}
     if not sources:
         raise UserError(f"{options.data}: no row to alter (--language {options.language}; copies are not copied again)")
     impossible = [method for method in options.methods if method not in ONE_FOR_ONE]
@@ -115,7 +116,7 @@ def parse():
         raise UserError(f"--data {options.data} is a folder: name its train.jsonl")
     for flag in ("data", "out"):
         path = Path(getattr(options, flag))
-        if HELD_OUT & set(re.split(r"[^a-z]+", path.stem.lower())):
+        if any(is_held_out(one) for one in (path, path.resolve())):
             raise UserError(f"--{flag} {path} is a dev or test file by its name: scores on altered rows would not measure the task, and "
                             "copies of them in train would give the answers away; name the train file")
     if Path(options.out).exists():
@@ -123,6 +124,13 @@ def parse():
     options.protect = augment.protection([word for given in options.protect for word in words_of(given)])
     options.lexicon = augment.read_synonyms(Path(options.synonyms)) if options.synonyms else {}
     return options
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a file is of a dev or test split by its name, or lies in the folder of such a split, beside one of train."""
+    if HELD_OUT & set(re.split(r"[^a-z]+", path.stem.lower())):
+        return True
+    return path.parent.name.lower() in HELD_OUT and any(path.parent.parent.glob("[tT]rain*"))
 
 
 def words_of(given: str) -> list[str]:

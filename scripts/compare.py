@@ -191,7 +191,7 @@ def check(options, flags: list[str]) -> SimpleNamespace:
     if metric not in item_scores.OF_TASK[shared.task]:
         raise UserError(f"--metric {metric}: --task {shared.task} has {', '.join(item_scores.OF_TASK[shared.task])}")
     kind = tasks.module(shared.task)
-    sources = [data.find(source.name) for source in data.sources(shared.data)]
+    sources = data.find_all(shared.data, split=shared.split)
     split = "test" if any("test" in files for files in sources) else "dev"
     if split == "dev" and options.seeds > 1 and any("dev" not in files for files in sources):
         raise UserError("--seeds: the data has no test file, and each seed would hold out other rows: give a folder with a test or dev "
@@ -621,7 +621,7 @@ def held_out(plan) -> list[dict]:
 
     shared, kind = plan.shared, plan.kind
     found = data.load_split(shared.data, plan.split, kind.check(shared), shared.dev_fraction, plan.seeds[0], shared.on_bad_row,
-                            shared.columns)
+                            shared.columns, shared.split)
     return kind.rows(found.rows, shared)
 
 

@@ -50,7 +50,7 @@ class Part:
 
     name: str
     rows: Sequence[dict] = ()  # on disk (disk.Stored)
-    numbers: list[int] = field(default_factory=list)
+    numbers: list[int | str] = field(default_factory=list)
     refused: list[dict] = field(default_factory=list)  # {"row", "line" if it differs, "wrong"}
     notes: list[str] = field(default_factory=list)
     broken: str | None = None  # why the file can't be read, or not to its end
@@ -123,7 +123,8 @@ def check_none_of_data(out: Path, found: list[dict]) -> None:
     """Raise `UserError` if --json would replace a file of the data, or would be taken for one in their folder."""
     from recipes.common import data, formats
 
-    files = [file for files in found for file in files.values() if isinstance(file, Path)]
+    files = [path for files in found for file in files.values() if not isinstance(file, formats.File)
+             for path in (file.paths if isinstance(file, formats.Shards) else [file])]
     if any(out.exists() and out.samefile(file) for file in files):
         raise UserError(f"--json {out} is a file of --data, and would replace it: name another")
     split = next((split for split, names in data.SPLITS.items() if out.name.lower().partition(".")[0] in names), None)
@@ -150,7 +151,7 @@ def examine(options) -> int:
 
     shared, kind = options.shared, tasks.module(options.task)
     renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
-    found = [data.find(source.name) for source in sources]
+    found = data.find_all(shared.data, split=shared.split)
     if options.json:
         check_none_of_data(Path(options.json), found)
     model = models.resolve(shared.model, shared.fallback_model, weights=False)
@@ -160,6 +161,8 @@ def examine(options) -> int:
     findings = [finding for split, part in files for finding in tell(split, part, shared.on_bad_row)]
     findings += [doctor.Finding("error", "stops", f"the training would stop: {name} has no train file, such as train.jsonl", [], 0, "")
                  for name, source in zip(shared.data, sources, strict=True) if "train" not in source]
+    for sentence in data.tell_not_read(data.not_read(shared.data, split=shared.split)):
+        print(f"note: {sentence}")
     findings += hold_out(sources, options)
     splits = {split: joined([source[split] for source in sources if split in source]) for split in data.SPLITS}
     splits = {split: part for split, part in splits.items() if part.rows}
@@ -200,14 +203,15 @@ def read(file, check, columns: str | None, renames: dict) -> Part:
 
     def good() -> Iterator[dict]:
         try:
-            known = formats.identify(file, renames) if isinstance(file, Path) else file
+            known = file if isinstance(file, formats.File) else formats.identify(file, renames)
             part.notes += known.notes
             for record in data.records(known, check, columns):
+                number = f"{record.shard}:{record.number}" if record.shard else record.number
                 if record.wrong is None:
-                    part.numbers.append(record.number)
+                    part.numbers.append(number)
                     yield record.row
                 else:
-                    part.refused.append({"row": record.number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
+                    part.refused.append({"row": number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
         except UserError as error:
             part.broken = str(error)
 

@@ -229,13 +229,14 @@ def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
         found, label = data.read(Path(options.data), check, *how), f"{other.parent.name}-{other.stem}"
     else:
         named = given if isinstance(given, str) else " ".join(given)
-        sources = [data.find(source.name) for source in data.sources(given)]
+        names = None if options.data else shared.split
+        sources = data.find_all(given, split=names)
         split = options.split or ("test" if any("test" in files for files in sources) else "dev")
         label = prefix + split
         drawn = split != "test" and any("dev" not in files for files in sources)  # held out at training time: the same draw again
         if drawn and not options.data and shared.streaming:
             raise UserError(f"{named} was streamed, so the rows held out can't be told from the others: give rows with --data FILE")
-        found = data.load_split(given, split, check, shared.dev_fraction, training["seed"], *how)
+        found = data.load_split(given, split, check, shared.dev_fraction, training["seed"], *how, names)
         if found is None:
             raise UserError(f"{named} has no test file: use --split dev, or --data FILE")
         if drawn and not options.data and found.sha256 != record["data"]["splits"][split]["sha256"]:

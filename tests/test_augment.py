@@ -3,14 +3,19 @@
     python -m pytest tests/test_augment.py
 """
 
+import functools
+import importlib.util
 import json
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CHATML, ROOT, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cli import REFUSED, call, refused
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config, T5ForConditionalGeneration, set_seed
 
@@ -79,6 +84,64 @@ def test_an_operation_changes_words_and_no_facts(name, text):
             assert fact in result, result
         assert text == ENGLISH or re.search("不想", result)  # the negation and the character after it
     assert results == [OPERATIONS[name](text, random.Random(seed)) for seed in range(60)]
+
+
+PIECES = ("I you please parcel with kettle happy order arrived late notice another walnut don't can't shouldn’t dont no not never none "
+          "nothing neither nor without cannot Never NOT $49 49.90 10:30 MW204518 A-17/3 1,000 3rd 50% a@b.co {{name}} <b> food[Thai] "
+          "我 你 请 包裹 订单 东西 收到 水壶 别的 特别 上午 号码 商城 不 没 沒 别 無 未 非 无 勿 不要 没有 MW585501 49元 三天 一百 第二 "
+          "两 １２３ ２０２４年 ＭＷ１２３ ① ½ ， 。 ？").split()
+MANY = LEXICON | {"another": ["no other"], "parcel": ["2 parcels"], "notice": ["not see"], "东西": ["无物", "物品"], "收到": ["没丢"]}
+PROTECTED = augment.protection(["walnut", "商城"])
+EVERY = {
+    "swap": lambda text, rng: augment.swap(text, PROTECTED, rng, 0.6),
+    "delete": lambda text, rng: augment.delete(text, PROTECTED, rng, 0.6),
+    "noise": lambda text, rng: augment.noise(text, PROTECTED, rng, 0.9),
+    "synonym": lambda text, rng: augment.synonym(text, PROTECTED, rng, 1, MANY),
+    "variant": lambda text, rng: augment.variant([text], PROTECTED, rng)[0],
+}
+# Found on their own, and not as augment.py finds them.
+KEPT = (re.compile(r"\d+|[①½]|[一三百两兩]"),
+        re.compile(r"\{\{name}}|<b>|food\[Thai]|walnut|商城"),
+        re.compile(r"n['’]t\b|(?<![a-z])(?:no|not|never|none|nothing|neither|nor|without|cannot|dont)(?![a-z])|[不没無别未非勿]", re.I))
+SAME = str.maketrans("沒无別兩", "没無别两")
+
+
+@settings(max_examples=120, deadline=None)
+@given(words=st.lists(st.sampled_from(PIECES), min_size=1, max_size=14), seed=st.integers(0, 99))
+@pytest.mark.parametrize("name", EVERY)
+def test_no_operation_alters_numbers_negations_slots_or_protected_words(name, words, seed):
+    """Whatever a synonym of the user's own brings in is caught by `facts`, which drops the copy."""
+    text = words[0]
+    for word in words[1:]:  # blanks as one writes them: none beside a Chinese character
+        text += word if re.search("[一-鿿，。？]", text[-1] + word[0]) else f" {word}"
+    new = EVERY[name](text, random.Random(seed))
+    same = all(Counter(kept.findall(text.translate(SAME))) == Counter(kept.findall(new.translate(SAME))) for kept in KEPT)
+    assert same or (name == "synonym" and augment.facts(text, PROTECTED) != augment.facts(new, PROTECTED)), new
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns=st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.lists(st.sampled_from(PIECES), min_size=1, max_size=9)),
+                      min_size=2, max_size=6), method=st.sampled_from(sorted(EVERY)), seed=st.integers(0, 9))
+def test_only_what_the_user_says_is_altered(turns, method, seed):
+    script = load_script(SCRIPT)
+    row = {"messages": [{"role": role, "content": " ".join(words), "intent": "x"} for role, words in turns], "id": "a"}
+    texts = script.alter(row, method, random.Random(seed), SimpleNamespace(protect=PROTECTED, share=0.5, lexicon=MANY))
+    copy = script.copy_of(row, texts, 1, f"{method}-1", method)
+    assert copy["augmented"] == {"from": "a", "method": method} and copy["id"] == f"a-{method}-1"
+    for old, new in zip(row["messages"], copy["messages"], strict=True):
+        assert new == old if old["role"] != "user" else new | {"content": ""} == old | {"content": ""}
+
+
+@functools.cache
+def load_script(name):
+    spec = importlib.util.spec_from_file_location("augment_script", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_text_of_facts_alone_stays():
+    assert augment.delete("Monday Tuesday Friday never July", NOTHING, random.Random(0), 0.5) == "Monday Tuesday Friday never July"
 
 
 def test_swap_moves_words_and_loses_none():
@@ -278,6 +341,44 @@ def test_held_out_files_are_refused(name, write_jsonl, tmp_path):
     train = write_jsonl(LABELS, "train.jsonl")
     refused(call(SCRIPT, "--data", train, "--out", tmp_path / "new" / path.name), "is a dev or test file by its name")
     assert not (tmp_path / "new").exists()
+
+
+def test_files_of_a_held_out_folder_are_refused(write_jsonl, tmp_path):
+    for split in ("train", "dev"):
+        write_jsonl(LABELS, f"d/{split}/0.jsonl")
+    path, link = tmp_path / "d" / "dev" / "0.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for name in (path, link):
+        refused(call(SCRIPT, "--data", name, "--out", tmp_path / "out.jsonl"), f"--data {name} is a dev or test file")
+    refused(call(SCRIPT, "--data", tmp_path / "d/train/0.jsonl", "--out", tmp_path / "d/dev/1.jsonl"), "is a dev or test file by its name")
+    assert call(SCRIPT, "--data", tmp_path / "d/train/0.jsonl", "--out", tmp_path / "out.jsonl").code == 0
+    assert call(SCRIPT, "--data", write_jsonl(LABELS, "test/mine.jsonl"), "--out", tmp_path / "test" / "more.jsonl").code == 0
+
+
+def test_out_is_never_a_file_that_is_there(write_jsonl, tmp_path):
+    path = write_jsonl(LABELS)
+    before = path.read_bytes()
+    refused(call(SCRIPT, "--data", path, "--out", path), f"--out {path} exists already")
+    assert path.read_bytes() == before
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    script = load_script(SCRIPT)
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.write(tmp_path / "out.jsonl", LABELS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_names_the_row_of_the_file(write_jsonl, tmp_path):
+    path = write_jsonl(["", LABELS[0], "{", "", LABELS[1]])
+    out = tmp_path / "out.jsonl"
+    result = call(SCRIPT, "--data", path, "--out", out, "--methods", "swap", "--on_bad_row", "skip")
+    assert result.code == 0 and {copy["augmented"]["from"] for copy in copies_of(out)} <= {2, 5} and copies_of(out)
 
 
 def test_a_name_that_only_contains_test_is_a_train_file(write_jsonl, tmp_path):

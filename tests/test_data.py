@@ -64,7 +64,17 @@ BAD_ROWS = {
     "content is empty": (dialogue(("user", "Hi"), ("assistant", "")), r"turn 2 \(assistant\) is empty"),
     "content is blank": (dialogue(("user", " \n\u3000"), ("assistant", "Yo")), r"turn 1 \(user\) is empty"),
     "half a character": ('{"messages": [{"role": "user", "content": "Hi \\ud83d"}, {"role": "assistant", "content": "Yo"}]}',
-                         r"turn 1: content holds half a character"),
+                         r"there is half a character \(a lone surrogate\) in 'Hi "),
+    "half a character elsewhere": ('{"id": "\\udc00", "messages": []}', r"there is half a character"),
+    "half a character in a key": ('{"\\ud83d": 1, "messages": []}', r"there is half a character"),
+    "a NUL": ('{"messages": [{"role": "user", "content": "Hi\\u0000"}]}', r"there is a NUL character"),
+    "a key twice": ('{"messages": [], "messages": []}', r"the key 'messages' stands twice in one object: keep one"),
+    "a key twice in a turn": ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', r"the key 'content' stands twice"),
+    "no number": ('{"messages": [], "score": NaN}', r"NaN is no number of JSON"),
+    "minus infinity": ('{"messages": [], "score": -Infinity}', r"-Infinity is no number of JSON"),
+    "a number too large": ('{"messages": [], "score": 1e999}', r"the number '1e999' is too large"),
+    "nested deeply": ('{"messages": ' + "[" * 200 + "]" * 200 + "}", r"JSON nested too deeply \(more than 100"),
+    "nested very deeply": ("[" * 10**5 + "]" * 10**5, r"JSON nested too deeply"),
     "system turn late": (dialogue(("user", "Hi"), ("system", "Be kind."), ("assistant", "Yo")),
                          r"turn 2: a system turn may only come first"),
     "two system turns": (dialogue(("system", "Be kind."), ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo")),
@@ -173,7 +183,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_row(tmp_path):
 def test_utf16_without_its_mark_is_refused(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(json.dumps(GOOD).encode("utf-16-le"))
-    with pytest.raises(UserError, match=r"row 1: not UTF-8 text, nor .* \(byte 0x00 at offset 1\)"):
+    with pytest.raises(UserError, match="looks like UTF-16 without its byte order mark"):
         read(path, check_dialogue)
 
 

@@ -21,7 +21,7 @@ from conftest import DIALOGUES, ROOT, SHARED
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from recipes.common import args, data, formats
+from recipes.common import args, data, disk, encoding, formats
 from recipes.common.data import find, load, load_split, parse_columns, read, sources
 from recipes.common.errors import UserError
 from recipes.common.shapes import check_classify, check_dialogue, check_pretrain, check_tag, check_translate, dialogue
@@ -154,6 +154,39 @@ def test_real_chinese_in_gb18030_reads_as_in_utf8(tmp_path, name):
     assert read(put(tmp_path, text.encode("gb18030")), lambda row: None).rows == read(path, lambda row: None).rows
 
 
+ASCII = b'{"prompt": "Hi", "response": "Yo, it is on its way to you"}\n' * 20_000  # more than formats.CHUNK
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "streamed"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
+def test_chinese_after_a_megabyte_of_ascii(tmp_path, whole, zipped):
+    assert len(ASCII) > formats.CHUNK
+    for name in ("gb18030", "utf-8"):
+        content = ASCII + encode(PAIR[1:] * 3, "jsonl", name)
+        file = formats.identify(put(tmp_path, gzip.compress(content, 1) if zipped else content, "a"), (), whole)
+        assert file.encoding == name and [record.row for record in data.records(file, check_dialogue)][-1] == CHAT[1]
+        assert ["if '我的包裹在哪里' is garbled, save it as UTF-8" in note for note in file.notes] == [True] * (name != "utf-8")
+
+
+def test_a_broken_byte_in_chinese_is_no_gb18030(tmp_path):
+    draw, content = random.Random(0), encode(PAIR * 20, "jsonl")
+    for at in draw.sample([i for i, byte in enumerate(content) if byte > 127], 40):
+        broken = content[:at] + draw.choice([b"", b"?", b"\xff", b"\xc3"]) + content[at + 1:]
+        path = put(tmp_path, broken)
+        assert f"row {content[:at].count(10) + 1}: not UTF-8 text" in complaint(path)
+        assert formats.identify(path, whole=False).encoding == "utf-8"
+
+
+@pytest.mark.parametrize("content, said", [
+    (encode(PAIR, "jsonl", "utf-16-le"), "looks like UTF-16 without its byte order mark"),
+    (encode(PAIR, "csv", "utf-16-be"), "looks like UTF-16 without its byte order mark"),
+    (encode(PAIR, "jsonl", "utf-32"), "is UTF-32 by its byte order mark"),
+    (encode(PAIR, "jsonl") + b'{"prompt": "a\0", "response": "b"}\n', "row 3: a NUL byte, which no text holds (byte 0x00 at offset "),
+])
+def test_other_unicode_is_told(tmp_path, content, said):
+    assert said in complaint(put(tmp_path, content))
+
+
 # ------------------------------------------------------------------------------------------------------------- CSV and JSON
 
 
@@ -172,6 +205,29 @@ def test_real_chinese_in_gb18030_reads_as_in_utf8(tmp_path, name):
 ])
 def test_a_bad_table_is_told(tmp_path, text, said):
     assert said in complaint(put(tmp_path, text.encode(), "a.csv"))
+
+
+def test_a_line_of_ten_megabytes_is_a_row(tmp_path):
+    """Whole, and broken: the sentence shows its beginning alone."""
+    long = b'{"prompt": "' + b"x" * 10**7
+    [row, _] = read(put(tmp_path, long + b'", "response": "Yo"}\n' + encode(PAIR[:1], "jsonl")), check_dialogue).rows
+    assert len(row["messages"][0]["content"]) == 10**7
+    said = complaint(put(tmp_path, encode(PAIR[:1], "jsonl") + long + b"\n"))
+    assert "row 2: broken JSON at column 12 (Unterminated string" in said and len(said) < 400
+
+
+def test_a_file_of_bad_rows_alone_says_what_is_wrong_with_the_first(tmp_path):
+    path = put(tmp_path, b"Text,Label\nHi,a\nHo,b\n", "a.csv")
+    assert 'no usable row, as all 2 are bad ones; the first, row 1 (line 2): no column "text" (columns: Text, Label)' in complaint(
+        path, check_classify, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("text", ['\ufefftext,label\nHi,1\nHo,2\n',
+                                  '\ufeff"text","label"\n"Hi","1"\n"Ho","2"\n', '\ufefftext;label\nHi;1\nHo;2\n',
+                                  "text\tlabel\nHi\t1\nHo\t2\n"],
+                         ids=["bom", "quoted", "semicolon", "tab"])
+def test_tables_of_numbered_labels(tmp_path, text):
+    assert read(put(tmp_path, text.encode(), "a.csv"), check_classify).rows == [{"text": "Hi", "label": "1"}, {"text": "Ho", "label": "2"}]
 
 
 def test_rows_of_a_table_are_skipped_and_listed(tmp_path):
@@ -210,6 +266,12 @@ def test_a_file_cut_anywhere_is_never_half_read(tmp_path, form, zipped):
     ("a.xlsx", b"PK\x03\x04rest", "zip archive or an Excel workbook"),
     ("a.json", b'[{"a": 1},\n', "a.json: broken JSON at line 2, column 1"),
     ("a.jsonl", b'[\n{"a": 1},\n{"a"\n]', "a.jsonl: broken JSON at line 4, column 1"),
+    ("a.json", b'[{"prompt": "a", "response": "b"}, {"n": [{"a": 1, "a": 2}]}]', "row 2: the key 'a' stands twice in one object"),
+    ("a.json", b'[{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "\\u0000"}]', "row 2: there is a NUL character"),
+    ("a.json", b'[{"prompt": "a", "response": "b"}, NaN]', "row 2: NaN is no number"),
+    ("a.json", b'{"data": [], "data": []}', "row 1: the key 'data' stands twice"),
+    ("a.json", b"[" * 10**5 + b"]" * 10**5, "JSON nested too deeply"),
+    ("a.csv", b'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n', "row 1 (line 2): \"messages\" begins like a JSON list but"),
 ])
 def test_a_damaged_file_is_told(tmp_path, name, content, said):
     assert said in complaint(put(tmp_path, content, name))
@@ -234,6 +296,9 @@ CALLED = '{"name": "find", "arguments": {"id": 7}}'
     ({"prompt": "Hi", "completion": "Yo"}, [U, A]),
     ({"question": "Hi", "answer": "Yo"}, [U, A]),
     ({"query": "Hi", "response": "Yo", "history": [["a", "b"]]}, [("user", "a", True), ("assistant", "b", False), U, A]),
+    ({"instruction": "Hi", "input": " \n", "output": "Yo", "history": None}, [U, A]),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 1},
+                   {"role": "assistant", "content": "Yo", "weight": None}]}, [U, A, A]),
     ({"instruction": "Hi", "input": "", "output": "Yo", "history": []}, [U, A]),
     ({"instruction": "Hi", "input": "you", "output": "Yo", "system": "Be."}, [("system", "Be.", True), ("user", "Hi\nyou", True), A]),
     ({"conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
@@ -275,6 +340,10 @@ def test_other_columns_and_keys_are_kept():
     ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]}, "turn 2: content must"),
     ({"conversations": "Hi"}, '"messages" must be a list of turns'),
     ({"conversations": [{"from": "bot", "value": "Hi"}]}, "role 'bot' is unknown"),
+    ({"conversations": [{"from": "human", "role": "user", "value": "Hi"}]}, 'turn 1: both "from" and "role" are given'),
+    ({"conversations": [{"from": "human", "value": "Hi", "content": "Ho"}]}, 'turn 1: both "value" and "content" are given'),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 0.5}]}, '"weight" must be 0 (read,'),
+    ({"messages": [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}]}, "a system turn may only come first"),
 ])
 def test_a_bad_shape_is_told(tmp_path, row, said):
     assert said in complaint(put(tmp_path, encode([CHAT[0], row], "jsonl"))) and ", row 2: " in complaint(tmp_path / "a.jsonl")
@@ -394,6 +463,153 @@ def test_a_folder_of_mixed_formats(tmp_path):
         find(str(tmp_path / "d"))
 
 
+PARQUET = [f"train-{i:05}-of-00003.parquet" for i in range(3)]
+
+
+def lay(folder: Path, *names: str) -> str:
+    """Files of one row each, which asks for the file's name."""
+    for name in names:
+        form = "parquet" if name.endswith("parquet") else "csv" if name.endswith("csv") else "jsonl"
+        put(folder, encode([{"prompt": name, "response": "Yo"}], form), name)
+    return str(folder)
+
+
+@pytest.mark.parametrize("names", [PARQUET, ["train_part1.jsonl", "train_part2.jsonl", "train_part10.jsonl"],
+                                   ["train/0.jsonl", "train/2.jsonl", "train/11.jsonl"], ["train.1.csv", "train.2.csv"],
+                                   ["train-00000-of-00001-0123456789abcdef.parquet"]], ids=lambda names: names[0])
+def test_all_pieces_of_a_split_are_read_in_order(tmp_path, names):
+    rows = read(find(lay(tmp_path, *reversed(names), "dev.jsonl"))["train"], check_dialogue)
+    assert asked(rows) == names
+    assert [file["name"] for file in rows.files] == [str(tmp_path / name) for name in names]
+    where = f"{tmp_path / 'train'} ({len(names)} file{'s' * (len(names) > 1)}), {Path(names[-1]).name}, row 1"
+    assert rows.rows.where(len(names) - 1).startswith(where)
+    assert data.not_read(str(tmp_path)) == {}
+
+
+def test_a_bad_row_of_a_piece_names_the_piece(tmp_path):
+    lay(tmp_path, "train_1.jsonl")
+    put(tmp_path, encode(numbered(1), "jsonl") + b"\n{\n", "train_2.jsonl")
+    said = r"train \(2 files\), train_2\.jsonl, row 3: broken JSON"
+    with pytest.raises(UserError, match=said):
+        load(str(tmp_path), check_dialogue, 0.5, 0)
+    rows = read(find(str(tmp_path))["train"], check_dialogue, "skip")
+    assert rows.skipped[0].startswith("train_2.jsonl, row 3: ")
+    assert [tuple(file.values())[1:] for file in rows.files] == [(1, 1, 0), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("names, said", [
+    (PARQUET[:2], r"train \(2 files\): by their names, there should be 3; get the others"),
+    (["train_1.jsonl", "train_2.csv"], r"train_1\.jsonl is jsonl, but .*train_2\.csv is csv: the files of a split must be of one format"),
+    (["train_1.jsonl", "train_1.csv"], "train_1 is there more than once"),
+    (["train.jsonl", "train/1.jsonl"], r"holds both train/1\.jsonl and train\.jsonl, so which is train is unclear"),
+    (["chats.jsonl", "other-1.csv"], "--split train=NAME chooses among those there: chats, other"),
+])
+def test_a_folder_that_is_not_clear_is_told(tmp_path, names, said):
+    with pytest.raises(UserError, match=said):
+        load(lay(tmp_path, *names), check_dialogue, 0.5, 0)
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path):
+    others = ["README.md", "extra.jsonl", "more/x.jsonl", "more/y.txt~", "train.old.jsonl", "train_10.jsonl", "train_9.csv"]
+    lay(tmp_path, "train.jsonl", "dev.csv", ".hidden", *others)
+    assert list(find(str(tmp_path))) == ["train", "dev"] and asked(read(find(str(tmp_path))["train"], check_dialogue)) == ["train.jsonl"]
+    left = data.not_read(str(tmp_path))
+    assert left == {str(tmp_path): sorted(others, key=data._natural)}
+    assert data.tell_not_read(left) == [f"{tmp_path}: 7 files or splits are not read: README.md, extra.jsonl, more/x.jsonl, more/y.txt~, "
+                                        "train.old.jsonl, train_9.csv, train_10.jsonl"]
+    assert data.not_read([str(tmp_path / "train.jsonl"), str(tmp_path / "dev.csv")]) == {}
+
+
+def test_splits_are_chosen_by_name(tmp_path):
+    folder = lay(tmp_path, "train_sft.jsonl", "test_sft-1.jsonl", "test_sft-2.jsonl", "test.jsonl", "gen/a.jsonl")
+    splits = load(folder, check_dialogue, 0.5, 0, split="train=train_sft, dev=test_sft")
+    assert {name: asked(rows) for name, rows in splits.items()} == {
+        "train": ["train_sft.jsonl"], "dev": ["test_sft-1.jsonl", "test_sft-2.jsonl"], "test": ["test.jsonl"]}
+    assert data.not_read(folder, split="train=train_sft,dev=test_sft") == {folder: ["gen/a.jsonl"]}
+    assert list(find(folder, split="train=gen,dev=test")) == ["train", "dev"], "a split that was chosen is no other one as well"
+    assert asked(load_split(folder, "test", check_dialogue, 0.5, 0, names="test=gen")) == ["gen/a.jsonl"]
+
+
+@pytest.mark.parametrize("split, said", [
+    ("train=sft", "--split train=sft: .* has no such split; those there: test, train_sft"),
+    ("train=train_sft,dev=train_sft", "a split is named twice"),
+    ("train=a,train=b", "a split is named twice"),
+    ("valid=test", "write train=NAME, dev=NAME or test=NAME"),
+    ("train", "write train=NAME"),
+    ("train=", "write train=NAME"),
+])
+def test_a_wrong_choice_of_splits_is_told(tmp_path, split, said):
+    with pytest.raises(UserError, match=said):
+        find(lay(tmp_path, "train_sft.jsonl", "test.jsonl"), split=split)
+    with pytest.raises(UserError, match="is one file, which has no splits; leave --split out|--split"):
+        find(str(tmp_path / "test.jsonl"), split=split)
+
+
+def test_splits_of_a_hub_data_set_are_chosen_by_name(monkeypatch):
+    there = datasets.DatasetDict({name: datasets.Dataset.from_list([{"prompt": name, "response": "Yo"}])
+                                  for name in ("train_sft", "test_sft", "train_gen", "validation")})
+    monkeypatch.setattr(data, "_hub", lambda name, whole: there)
+    data._hub_file.cache_clear()
+    splits = load("owner/set", check_dialogue, 0.5, 0, split="train=train_sft,test=test_sft")
+    assert {name: asked(rows) for name, rows in splits.items()} == {"train": ["train_sft"], "dev": ["validation"], "test": ["test_sft"]}
+    assert data.not_read("owner/set", split="train=train_sft,test=test_sft") == {"owner/set": ["train_gen"]}
+    with pytest.raises(UserError, match="owner/set has no such split; those there: test_sft, train_gen, train_sft, validation"):
+        find("owner/set", split="train=train")
+    data._hub_file.cache_clear()
+
+
+@pytest.mark.parametrize("other", ["{}", "{}/../d/train.jsonl", "link.jsonl"])
+def test_a_file_that_is_named_twice_is_refused(tmp_path, other, monkeypatch):
+    """Its rows would be held out on one side and trained on on the other."""
+    folder = lay(tmp_path / "d", "train.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "d" / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for weight in ("", ":0.5"):
+        with pytest.raises(UserError, match="twice, so that its rows could be both held out and trained on: name it once"):
+            load([folder + "/train.jsonl" + weight, other.format(folder) + weight], check_dialogue, 0.2, 0)
+
+
+def test_rows_know_their_places_whatever_becomes_of_them(tmp_path):
+    """After blank lines, refused rows, holding out, drawing, joining and making several rows of one."""
+    names = []
+    for who, form in (("a", "csv"), ("b", "jsonl")):
+        rows = [{"prompt": f"{who}\n{i}", "response": "Yo"} for i in range(9)]
+        lines = encode(rows, form).decode().replace("Yo\n", "Yo\n\n").replace('"}\n', '"}\n\n').replace("5", " ")
+        names.append(str(put(tmp_path, lines.encode(), f"{who}.{form}")))
+    for values in (names, [f"{names[0]}:0.7", f"{names[1]}:0.3"]):
+        splits = load(values, check_dialogue, 0.3, 1)
+        for split in splits.values():
+            taken = split.rows[::-1].take(range(0, len(split.rows), 2))
+            for at, row in enumerate(taken):
+                number = row["messages"][0]["content"].strip()
+                i = int(number[2:] or 5)
+                assert taken.where(at) == (f"{names[0]}, row {i + 1} (line {3 * i + 2})" if number[0] == "a"
+                                           else f"{names[1]}, row {2 * i + 1}")
+            twice = disk.expanded(taken, lambda row: [row, row])
+            assert [twice.where(at) for at in range(len(twice))] == [taken.where(at // 2) for at in range(len(twice))]
+    with pytest.raises(UserError, match=rf"^{names[1]}, row 3: too odd \(mend it\)$"):
+        encoding.encode(read(Path(names[1]), check_dialogue).rows[1:], "the file", refuse, "row", "stop", 1)
+    mixed = read(Path(names[0]), check_dialogue).rows + read(Path(names[1]), check_dialogue).rows
+    assert list(encoding.encode(mixed[10:], "all", refuse, "row", "skip", 1).refused.values())[0] == f"{names[1]}, row 3: too odd"
+    assert encoding.encode([{}], "all", refuse, "row", "skip", 1).refused == {1: "row 1: too odd"}
+
+
+@pytest.mark.parametrize("weights", [("", ""), (":0.9", ":0.1")], ids=["plain", "weights"])
+def test_what_was_read_adds_up_for_every_file(tmp_path, weights):
+    """Whatever is drawn, repeated and held out of it."""
+    names = []
+    for form, name in NAMES.items():
+        rows = [*numbered(9), *[{"prompt": "", "response": "Yo"}] * 2]
+        names.append(str(put(tmp_path, gzip.compress(encode(rows, form)), f"{form}/{name}.gz")))
+    splits = load([name + weights[i % 2] for i, name in enumerate(names)], check_dialogue, 0.3, 0, "skip")
+    assert splits["train"].files == [{"name": name, "read": 11, "kept": 9, "refused": 2} for name in names] and not splits["dev"].files
+    assert len(splits["train"].rows) + len(splits["dev"].rows) == 9 * len(NAMES) and len(splits["train"].skipped) == 2 * len(NAMES)
+
+
+def refuse(row):
+    raise encoding.Refused("too odd", "mend it")
+
+
 def test_several_sources_without_weights_follow_each_other(tmp_path):
     names = [str(put(tmp_path, encode(numbered(n, who), form), f"{who}.{form}")) for n, who, form in ((6, "a", "csv"), (4, "b", "jsonl"))]
     splits = load(names, check_dialogue, 0.2, 0)
@@ -435,6 +651,8 @@ def test_what_is_held_out_is_never_among_the_repeats(tmp_path):
     (["{a}:0.5", "{b}"], "has no weight, but"),
     (["{a}:0", "{b}:1"], "the weight 0 is no number above 0"),
     (["{a}:nan", "{b}:1"], "the weight nan is no number above 0"),
+    (["{a}:NaN", "{b}:1"], "the weight NaN is no number above 0"),
+    (["{a}:Infinity", "{b}:1"], "the weight Infinity is no number above 0"),
     (["{a}:1", "{b}:-1"], "the weight -1 is no number"),
     (["{a}:1", "{b}:1e-9"], "would give no train row: raise its weight"),
     (["{a}:1", "{c}:1"], "no such file or folder"),
@@ -443,6 +661,19 @@ def test_wrong_weights_are_told(tmp_path, values, said):
     paths = {who: put(tmp_path, encode(numbered(4, who), "jsonl"), who) for who in "ab"} | {"c": tmp_path / "c.csv"}
     with pytest.raises(UserError, match=said):
         load([value.format(**paths) for value in values], check_dialogue, 0.2, 0)
+
+
+def test_very_large_weights_and_paths_with_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("C:x.jsonl", "b.jsonl"):
+        put(tmp_path, encode(numbered(5, name), "jsonl"), name)
+    splits = load(["C:x.jsonl:1e308", "b.jsonl:1e308"], check_dialogue, 0.2, 0)
+    assert len(splits["train"].rows) == 8
+    assert sources(["C:x.jsonl", "b.jsonl"]) == [("C:x.jsonl", None), ("b.jsonl", None)]
+    assert sources(["hub/name:config:0.3", "hub/name:0.7"]) == [("hub/name:config", 0.3), ("hub/name", 0.7)]
+    put(tmp_path, b"{\n", "bad.jsonl")
+    with pytest.raises(UserError, match=r"bad\.jsonl holds no usable row, as all 1 are bad ones; the first, row 1: broken JSON"):
+        load(["b.jsonl:1", "bad.jsonl:1"], check_dialogue, 0.2, 0, "skip")
 
 
 def test_a_colon_is_a_config_unless_a_number_follows(tmp_path):
@@ -526,6 +757,9 @@ def accounted(path: Path, check) -> tuple[int, int] | None:
         assert "\n" not in str(error) and str(path) in str(error)
         return None
     assert len(rows.rows) + len(rows.skipped) == len(seen) and len(rows.skipped) == len(wrong)
+    assert rows.files == [{"name": str(path), "read": len(seen), "kept": len(rows.rows), "refused": len(wrong)}]
+    good = [record for record in seen if not record.wrong]
+    assert [rows.rows.where(at) for at in range(len(good))] == [f"{path}, {record.where}" for record in good]
     assert [check(row) for row in rows.rows] == [None] * len(rows.rows)
     if wrong:
         assert f"{path}, {wrong[0].where}: " in complaint(path, check)

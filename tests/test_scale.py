@@ -65,45 +65,45 @@ def folder(tmp_path, monkeypatch):
 # What the flags ask for: a digest of the features of each split, and of the report on the rows. Recorded with rows in memory.
 GOLDEN = {
     "gpt2 --data a.jsonl --on_bad_row skip --max_length 120":
-        ("f64a4d301f65", "3d29d4fce26a", "aa485983a05f"),
+        ("f64a4d301f65", "3d29d4fce26a", "ed48598b794b"),
     "llama --data a.jsonl:0.7 b.jsonl:0.3 --on_bad_row skip --seed 7 --dev_fraction 0.2":
-        ("454eb5af7a8c", "5ed6c181117d", "775ad3c31a4c"),
+        ("454eb5af7a8c", "5ed6c181117d", "27a64482c71e"),
     "llama --data a.jsonl:0.1 b.jsonl:0.9 --on_bad_row skip --max_train_samples 21 --max_eval_samples 2":
-        ("58b41899e097", "36770519689e", "415ed9298c6c"),
+        ("58b41899e097", "36770519689e", "be1523339e35"),
     "llama --data b.jsonl c --replay a.jsonl:0.3 --on_bad_row skip":
-        ("f970cdd67285", "eaa0e00bb19c", "06c47a0da1fc", "239fa3db5de3"),
+        ("f970cdd67285", "eaa0e00bb19c", "10030e958ba6", "239fa3db5de3"),
     "llama --data c --measure_forgetting b.jsonl":
-        ("dbc5f6e0d744", "8ae5166f3dcf", "92f5588ce3ef", "d819fc17bc58"),
+        ("dbc5f6e0d744", "8ae5166f3dcf", "ba0dc43847a7", "d819fc17bc58"),
     "llama --data c --replay b.jsonl:0.5 --max_train_samples 10":
-        ("0d0b83b19f98", "8ae5166f3dcf", "e1c9b59a1f9f", "d819fc17bc58"),
+        ("0d0b83b19f98", "8ae5166f3dcf", "6d358b218a28", "d819fc17bc58"),
     "bert --task classify --data labels.jsonl --oos_label other --class_weights balanced --max_length 40 --on_bad_row skip":
-        ("1425b84e3505", "23e11d69954d", "d29739a1fc64"),
+        ("1425b84e3505", "23e11d69954d", "0540f28d6ee7"),
     "bert --task classify --data turns.jsonl --label intent --context_turns 1":
-        ("d4839990b56d", "ef720e4b683f", "af1fad90c27e"),
+        ("d4839990b56d", "ef720e4b683f", "f4d048381da9"),
     "bert --task classify --data lists.jsonl --multi_label":
-        ("204a4fba924d", "cb8b557347d6", "3b9904ef2c46"),
+        ("204a4fba924d", "cb8b557347d6", "95f733cb699d"),
     "bert --task tag --data tags.jsonl --max_length 40":
-        ("eda17d6ca395", "c0fbf294b78e", "2b9a9edff209"),
+        ("eda17d6ca395", "c0fbf294b78e", "7ab8e9f7c66a"),
     "llama --task tag --data tags.jsonl --max_length 40":
-        ("ffe1bcc87cdd", "5898f4056b2f", "4820998da240"),
+        ("ffe1bcc87cdd", "5898f4056b2f", "edd8eecc054e"),
     "t5 --task translate --data pairs.jsonl --max_length 40 --source_prefix 'to Chinese: '":
-        ("d3ce30ba3467", "64499010d23d", "a1e3941f57ef"),
+        ("d3ce30ba3467", "64499010d23d", "7761ae7bd545"),
     "llama --task translate --data pairs.jsonl --max_length 60":
-        ("64000fd62f93", "add5c7913cd3", "f7a442d1c731"),
+        ("64000fd62f93", "add5c7913cd3", "3b2619df52b0"),
     "llama --data a.jsonl --on_bad_row skip --train_fraction 0.5 --max_tokens 900 --tokens_per_step 500":
-        ("4628e555dd41", "239fa3db5de3", "e742585f40eb"),
+        ("4628e555dd41", "239fa3db5de3", "0d2fd8f90d5f"),
     "llama --data c --replay b.jsonl:0.5 --max_train_samples 10 --train_fraction 0.7":
-        ("dde9abd062c2", "8ae5166f3dcf", "9d89c191ccad", "d819fc17bc58"),
+        ("dde9abd062c2", "8ae5166f3dcf", "23fe59cf9107", "d819fc17bc58"),
     "llama --task pretrain --data labels.jsonl --columns 'topic=label' --max_length 40":
-        ("f2ef7571a125", "5221bda1de9e", "4e41734b69c2"),
+        ("f2ef7571a125", "5221bda1de9e", "062404110ee3"),
     "gpt2 --task pretrain --data a.jsonl turns.jsonl --on_bad_row skip --train_fraction 0.6":
-        ("01377b91a706", "1fe64645484a", "91cec814c9ca"),
+        ("01377b91a706", "1fe64645484a", "6368ea350bf1"),
     "letters --task pretrain --data a.jsonl labels.jsonl --on_bad_row skip --max_length 30":
-        ("c5038d9cc31c", "e978dee6731d", "119ca2980ef7"),
+        ("c5038d9cc31c", "e978dee6731d", "e90c254dd11c"),
     "letters --task pretrain --data a.jsonl labels.jsonl --on_bad_row skip --next_sentence":
-        ("c45f538f13d8", "9148d6077335", "29aee011abd8"),
+        ("c45f538f13d8", "9148d6077335", "ceb56f06bb03"),
     "gpt2 --recipe full --task pretrain --data labels.jsonl --from_scratch --vocab_size 300 --max_train_samples 30":
-        ("92312eacfe84", "3b643d5a7540", "378827bd84b4"),
+        ("92312eacfe84", "3b643d5a7540", "6b5480ba0aca"),
 }
 
 
@@ -269,6 +269,8 @@ def test_the_second_run_starts_from_the_cache(folder, tiny, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert f"tokenized rows from the cache, as neither they nor what reads them has changed: {first.report['tokenized']['folder']}" in out
     assert "skipped row 21: broken JSON" in out and second.report["tokenized"]["from_cache"]
+    assert second.report["splits"]["train"]["files"] == [{"name": "a.jsonl", "read": 42, "kept": 40, "refused": 2},
+                                                         {"name": "b.jsonl", "read": 19, "kept": 19, "refused": 0}]
     assert digests(second) == digests(first)
 
 
@@ -320,6 +322,29 @@ def test_an_entry_that_is_interrupted_leaves_nothing(folder, tiny, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             load(tiny, "llama", "--data", "c", "--dev_fraction", "0.34")
     assert set(disk.cache().iterdir()) == before
+
+
+def test_what_is_not_read_of_a_source_is_told_and_counted(folder, tiny, capsys):
+    put(folder / "c" / "extra.jsonl", chats(1))
+    for _ in range(2):  # from the cache, too
+        report = load(tiny, "llama", "--data", "c", "a.jsonl", "--on_bad_row", "skip").report
+        assert report["not_read"] == {"count": 1, "names": {"c": ["extra.jsonl"]}}
+        assert "note: c: 1 file or split is not read: extra.jsonl" in capsys.readouterr().out
+    report = load(tiny, "llama", "--data", "c", "--split", "train=extra").report
+    assert report["splits"]["train"]["rows"] == 1 and report["not_read"]["names"] == {"c": ["train.jsonl"]}
+
+
+def test_a_row_that_the_model_refuses_is_named_as_in_its_file(folder, tiny):
+    """A dev row with a label that the train rows lack, from the middle of a file with blank lines."""
+    rows = [{"text": f"Text {i}", "label": ["yes", "no"][i % 2]} for i in range(30)]
+    put(folder / "train.csv", ["text,label", *(f"{row['text']},{row['label']}\n" for row in rows)])
+    put(folder / "other.jsonl", ["", *rows, "", {"text": "So?", "label": "alone"}])
+    for seed in range(9):
+        with pytest.raises(UserError) as caught:
+            load(tiny, "bert", "--task", "classify", "--data", "train.csv", "other.jsonl", "--dev_fraction", "0.9", "--seed", str(seed))
+        if "does not occur" in str(caught.value):
+            break
+    assert str(caught.value).startswith("other.jsonl, row 33: label 'alone' does not occur in the train rows")
 
 
 # -------------------------------------------------------------------------------------------------------------- streaming

@@ -55,6 +55,7 @@ class SharedArguments:
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
     columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
+    split: str = option(None, "names of the splits, where they are not train, dev and test: train=train_sft,dev=test_sft")
     task: typing.Literal["chat", "classify", "tag", "translate", "pretrain"] = option(
         "chat", "what the rows are: data/README.md holds each task's columns")
     fallback_model: str = option(None, "use this model, with a banner that says so, when the Hub can't be reached")
@@ -177,8 +178,8 @@ TRAINER_DEFAULTS = {
 }
 
 # Flags that decide which rows are read and what a model makes of them; scripts/doctor.py takes the same.
-READING = ("data", "columns", "task", "fallback_model", "max_length", "dev_fraction", "on_bad_row", "label", "context_turns", "multi_label",
-           "oos_label", "instruction", "source_prefix")
+READING = ("data", "columns", "split", "task", "fallback_model", "max_length", "dev_fraction", "on_bad_row", "label", "context_turns",
+           "multi_label", "oos_label", "instruction", "source_prefix")
 SEED = 42  # the Trainer's default
 
 SHORT = ("classify", "tag", "translate")  # tasks whose rows are a sentence rather than a dialogue

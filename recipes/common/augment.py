@@ -23,6 +23,7 @@ _DATES = ("monday tuesday wednesday thursday friday saturday sunday january febr
           "november december")
 _NEGATIONS = ("no not never none nothing nobody nowhere neither nor without cannot cant dont wont didnt doesnt isnt wasnt couldnt "
               "wouldnt shouldnt havent hasnt aint")
+_LETTERS = "A-Za-zＡ-Ｚａ-ｚ"  # of ids, in both widths
 
 
 def _any_of(words: str) -> str:
@@ -33,7 +34,8 @@ def _any_of(words: str) -> str:
 FACT = re.compile("|".join((
     r"\{\{.*?\}\}", r"<[^<>\s]+>", r"[A-Za-z][A-Za-z ]*\[[^\]]*\]",  # {{name}}, <name>, food[Thai]
     rf"https?://[^\s{HAN}]+", r"[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+",
-    r"(?:[A-Za-z0-9]+[-_/.:])*[A-Za-z]*\d[A-Za-z\d]*(?:[-_/.,:][A-Za-z\d]+)*%?",  # 49, 10:30, MW204518, A-17/3
+    rf"(?:[{_LETTERS}\d]+[-_/.:])*[{_LETTERS}]*\d[{_LETTERS}\d]*(?:[-_/.,:][{_LETTERS}\d]+)*%?",  # 49, 10:30, MW204518, A-17/3
+    "[¹²³¼½¾\u2070-\u2079\u2150-\u218b\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u3220-\u3229\u3280-\u3289]+",  # ①, ½, ²
     _any_of(f"{_NUMBERS} {_DATES}"), "[零〇一二两兩三四五六七八九十百千万萬亿億半]+")), re.I)
 NEGATION = re.compile(rf"{_any_of(_NEGATIONS)}|(?<![A-Za-z])[A-Za-z]+n['’]t(?![A-Za-z])|[不没沒無无别別莫勿未非否甭]", re.I)
 _SAME_NUMBER = str.maketrans("兩萬億", "两万亿")
@@ -101,9 +103,10 @@ def swap(text: str, protect: re.Pattern, rng: random.Random, share: float) -> st
 def delete(text: str, protect: re.Pattern, rng: random.Random, share: float) -> str:
     """Leave out `share` of the words; at least three words stay."""
     free = free_words(text, protect)
-    count = min(_count(free, share), len(WORD.findall(text)) - 3)
+    count = min(len(free), _count(free, share), len(WORD.findall(text)) - 3)
     shorter = _edit(text, [(*word.span(), "") for word in rng.sample(free, max(0, count))])
-    return re.sub(r" +([,.!?])", r"\1", re.sub(r" {2,}", " ", shorter)).strip() if count > 0 else text
+    shorter = re.sub(r" +([,.!?])", r"\1", re.sub(r" {2,}", " ", shorter)).strip()
+    return shorter if count > 0 and facts(shorter, protect) == facts(text, protect) else text  # a word may keep two numbers apart
 
 
 def noise(text: str, protect: re.Pattern, rng: random.Random, share: float) -> str:
@@ -120,7 +123,7 @@ def variant(texts: list[str], protect: re.Pattern, rng: random.Random) -> list[s
     them, the same for all, as nobody changes script in the middle of a dialogue."""
     if not re.search(f"[{HAN}]", "".join(texts)):
         return texts
-    outside_facts = re.compile(f"{FACT.pattern}|{protect.pattern}", re.I)
+    outside_facts = re.compile(f"{FACT.pattern}|{NEGATION.pattern}|{protect.pattern}", re.I)
     found = [[_outside(protect, text, converter(name).convert) for text in texts] for name in ("s2t", "t2s")]
     found += [[_outside(outside_facts, text, lambda piece, table=table: piece.translate(table)) for text in texts]
               for table in (str.maketrans(_HALF, _FULL), str.maketrans(_FULL, _HALF))]
@@ -155,8 +158,10 @@ def converter(name: str):
 
 @lru_cache
 def homophones(character: str) -> list[str]:
-    """Other common characters (level 1 of GB 2312, 3,755 of them) with the same pinyin, tones aside: what an input method offers."""
-    return [other for other in _by_sound().get(_sound(character), []) if other != character]
+    """Other common characters (level 1 of GB 2312, 3,755 of them) with the same pinyin, tones aside: what an input method offers.
+    None that is a number or a negation."""
+    return [other for other in _by_sound().get(_sound(character), [])
+            if other != character and not FACT.match(other) and not NEGATION.match(other)]
 
 
 @lru_cache

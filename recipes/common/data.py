@@ -12,7 +12,9 @@ import operator
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 
 from recipes.common import deadline, disk, formats, shapes
 from recipes.common.errors import UserError
-from recipes.common.formats import File, Record
+from recipes.common.formats import File, Record, Shards
 from recipes.common.shapes import (  # noqa: F401
     check_classify,
     check_dialogue,
@@ -50,6 +52,7 @@ class Rows:
     sha256: str  # of the file's bytes; of several sources, of their hashes
     skipped: list[str] = field(default_factory=list)  # one sentence for each row left out by on_bad_row="skip"
     notes: list[str] = field(default_factory=list)  # what the reader took for granted, changed or drew, a sentence each
+    files: list[dict] = field(default_factory=list)  # of each file that was read for this split: rows read, kept, refused
 
 
 class Source(NamedTuple):
@@ -65,6 +68,11 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
     `number` is the record's, `wrong` the complaint, if there is one; the rows of all records without one keep the contract. Memory
     does not grow with the file, except for a JSON array. Raises `UserError` where no row can be told from the next.
     """
+    if file.shards:
+        for shard in file.shards:
+            for record in records(shard, check, columns):
+                yield record._replace(shard=Path(shard.name).name)
+        return
     renames, used = parse_columns(columns), set()
     chat = _takes_dialogues(check)
     if file.columns is not None and (absent := [old for old in renames if old not in file.columns]):
@@ -84,32 +92,40 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
         raise UserError(f"{file.name}: no row has a column {short(absent[0])} to rename; see --columns")
 
 
-def read(path: Path | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
+def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
     """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
     file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
     skipped, context, chat = [], 0, _takes_dialogues(check)
+    shards = [Path(shard.name).name for shard in file.shards] or [None]
+    index, places, refused = {shard: i for i, shard in enumerate(shards)}, array("q"), Counter()
 
     def good() -> Iterator[dict]:
         nonlocal context
         for record in deadline.timed(records(file, check, columns), file.name):
             if record.wrong is None:
                 context += shapes.context_turns(record.row) if chat else 0
+                places.extend((index[record.shard], record.number, record.line or 0))
                 yield record.row
             elif on_bad_row == "skip":
+                refused[record.shard] += 1
                 skipped.append(f"{record.where}: {record.wrong}")
             else:
                 raise UserError(f"{file.name}, {record.where}: {record.wrong} (--on_bad_row skip leaves such rows out and lists them)")
 
-    rows = disk.store(good())
+    rows = disk.store(good()).placed([f"{file.name}, {shard}" if shard else file.name for shard in shards], places)
     if not rows:
-        raise UserError(f"{file.name} holds no {'usable ' if skipped else ''}row: data/README.md says what a file may hold")
+        raise UserError(f"{file.name} holds no usable row, as all {len(skipped)} are bad ones; the first, {skipped[0]}" if skipped else
+                        f"{file.name} holds no row: data/README.md says what a file may hold")
     notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
                              '"train": false)'] if context else [])]
-    return Rows(rows, file.name, file.sha256, skipped, notes)
+    kept = Counter(places[::3])
+    counts = [{"name": part.name, "read": kept[i] + refused[shard], "kept": kept[i], "refused": refused[shard]}
+              for i, (part, shard) in enumerate(zip(file.shards or [file], shards, strict=True))]
+    return Rows(rows, file.name, file.sha256, skipped, notes, counts)
 
 
 def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
-         columns: str | None = None, files: list[dict[str, File]] | None = None) -> dict[str, Rows]:
+         columns: str | None = None, files: list[dict[str, File]] | None = None, split: str | None = None) -> dict[str, Rows]:
     """Read the sources `data` into {"train": ..., "dev": ..., maybe "test": ...}. Raises `UserError`.
 
     A source is a file (train), a folder with train/dev/test files or a Hub data set, each maybe with a weight (`_mix`). Of the train
@@ -117,8 +133,8 @@ def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on
     for its weight, and a row is a whole dialogue, so no dialogue ever stands on both sides. `files`: of each source, if `identify` has
     found them already.
     """
-    asked = sources(data)
-    parts = [{split: read(file, check, on_bad_row, columns) for split, file in found.items()} for found in files or identify(data, columns)]
+    asked, files = sources(data), files or identify(data, columns, split=split)
+    parts = [{name: read(file, check, on_bad_row, columns) for name, file in found.items()} for found in files]
     _hold_out(parts, dev_fraction, seed)
     splits = {split: join([part[split] for part in parts if split in part]) for split in SPLITS if any(split in part for part in parts)}
     if asked[0].weight is not None:
@@ -126,26 +142,25 @@ def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on
     return splits
 
 
-def identify(data: str | list[str], columns: str | None = None, whole: bool = True) -> list[dict[str, File]]:
+def identify(data: str | list[str], columns: str | None = None, whole: bool = True, split: str | None = None) -> list[dict[str, File]]:
     """The files of each source by split, looked at `whole` or at their start. Raises `UserError` for one that can't be trained on."""
     identified = []
-    for source in sources(data):
-        found = find(source.name, whole)
+    for source, found in zip(sources(data), find_all(data, whole, split), strict=True):
         if "train" not in found:
-            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one")
+            raise UserError(f"{source.name} has no train file, such as train.jsonl: training needs one (--split train=NAME names another)")
         identified.append({split: file if isinstance(file, File) else formats.identify(file, parse_columns(columns), whole)
                            for split, file in found.items()})
     return identified
 
 
 def load_split(data: str | list[str], split: str, check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
-               columns: str | None = None) -> Rows | None:
-    """The one split of `load`, without reading the others where that can be done; None if there is no such split."""
-    found = [find(source.name) for source in sources(data)]
+               columns: str | None = None, names: str | None = None) -> Rows | None:
+    """The one split of `load`, without reading the others where that can be done; None if there is no such split. `names`: --split."""
+    found = find_all(data, split=names)
     if split == "test" or (split == "dev" and all("dev" in files for files in found)):
         parts = [read(files[split], check, on_bad_row, columns) for files in found if split in files]
         return join(parts) if parts else None
-    return load(data, check, dev_fraction, seed, on_bad_row, columns)[split]
+    return load(data, check, dev_fraction, seed, on_bad_row, columns, split=names)[split]
 
 
 def sources(data: str | list[str]) -> list[Source]:
@@ -153,7 +168,7 @@ def sources(data: str | list[str]) -> list[Source]:
     found = []
     for value in [data] if isinstance(data, str) else data:
         name, colon, end = value.rpartition(":")
-        if not colon or Path(value).exists() or not re.fullmatch(r"[-+.\deE]+|nan|inf", end, re.A):
+        if not colon or Path(value).exists() or not re.fullmatch(r"[-+.\deE]+|(?i:nan|inf|infinity)", end, re.A):
             found.append(Source(value))
             continue
         try:
@@ -173,28 +188,165 @@ def sources(data: str | list[str]) -> list[Source]:
     return found
 
 
-def find(data: str, whole: bool = True) -> dict[str, Path | File]:
-    """The files of one source by split. A data set of the Hub is downloaded whole, or read from there. Raises `UserError` for none."""
+def find_all(data: str | list[str], whole: bool = True, split: str | None = None) -> list[dict[str, Path | Shards | File]]:
+    """`find` of each source. Raises `UserError` for a file that two of them name: its rows would be both held out and trained on."""
+    found, seen = [find(source.name, whole, split) for source in sources(data)], set()
+    for file in (file for files in found for file in files.values()):
+        for path in [file.name] if isinstance(file, File) else file.paths if isinstance(file, Shards) else [file]:
+            name = path if isinstance(path, str) else str(path.resolve())
+            if name in seen:
+                raise UserError(f"--data names {path} twice, so that its rows could be both held out and trained on: name it once, with "
+                                "more weight if it is to count more (a.jsonl:2 b.jsonl:1)")
+            seen.add(name)
+    return found
+
+
+def find(data: str, whole: bool = True, split: str | None = None) -> dict[str, Path | Shards | File]:
+    """The files of one source by split. A data set of the Hub is downloaded whole, or read from there. Raises `UserError` for none.
+
+    `split`: the names that the source has for our splits, as --split gives them.
+    """
     path = Path(data)
     if path.exists() and not path.is_dir():
+        if split:
+            raise UserError(f"--split {split}: {data} is one file, which has no splits; leave --split out, or name a folder")
         return {"train": path}
-    if not path.is_dir():
-        if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A) and not formats.suggested(path):
-            return _hub(data, whole)
-        raise UserError(f"--data {data}: no such file or folder")
-    found = {}
-    for split, names in SPLITS.items():
-        files = [[file for file in sorted(path.glob(f"{name}.*")) if not file.is_dir() and formats.suggested(file)
-                  and file.name.lower().removesuffix(".gz").count(".") == 1] for name in names]
-        first = next(filter(None, files), [])
-        if len(first) > 1:
-            raise UserError(f"--data {data}: the folder holds both {first[0].name} and {first[1].name}, so which is {split} is unclear; "
-                            "move one away")
-        found |= {split: first[0]} if first else {}
-    if not found:
+    if path.is_dir():
+        there = _in_folder(path)[0]
+        found = {ours: there[theirs] for ours, theirs in _names_of(data, there, split).items()}
+        if unclear := next((ours for ours, files in found.items() if len(files) > 1), None):
+            first, second, *_ = (file.paths[0].relative_to(path) if isinstance(file, Shards) else file.name for file in found[unclear])
+            raise UserError(f"--data {data}: the folder holds both {first} and {second}, so which is {unclear} is unclear; move one away")
+        for file in (files[0] for files in found.values() if isinstance(files[0], Shards)):
+            _check_pieces(file)
+        return {ours: files[0] for ours, files in found.items()}
+    if _is_hub(data):
+        return {ours: _hub_file(data, theirs, whole) for ours, theirs in _names_of(data, _hub(data, whole), split).items()}
+    raise UserError(f"--data {data}: no such file or folder")
+
+
+def not_read(data: str | list[str], whole: bool = True, split: str | None = None) -> dict[str, list[str]]:
+    """What the folders and Hub data sets among the sources hold and `find` does not return: files, or splits."""
+    left = {}
+    for source in sources(data):
+        path = Path(source.name)
+        if path.is_dir():
+            there, others = _in_folder(path)
+            chosen = set(_names_of(source.name, there, split).values())
+            files = [file for name, files in there.items() if name not in chosen for file in files]
+            others += [str(one.relative_to(path)) for file in files for one in (file.paths if isinstance(file, Shards) else [file])]
+            left[source.name] = sorted(others, key=_natural)
+        elif _is_hub(source.name) and not path.exists():
+            there = _hub(source.name, whole)
+            left[source.name] = sorted(set(there) - set(_names_of(source.name, there, split).values()))
+    return {name: names for name, names in left.items() if names}
+
+
+def tell_not_read(left: dict[str, list[str]]) -> list[str]:
+    """A sentence for each source of `not_read`."""
+    return [f"{name}: {len(names)} {'file or split is' if len(names) == 1 else 'files or splits are'} not read: {', '.join(names[:8])}"
+            + (f" and {len(names) - 8} more" if len(names) > 8 else "") for name, names in left.items()]
+
+
+def parse_split(text: str | None) -> dict[str, str]:
+    """`--split train=NAME,dev=NAME,test=NAME` as {ours: theirs}. Raises `UserError`."""
+    pairs = [[part.strip() for part in pair.split("=")] for pair in (text or "").split(",") if text]
+    if any(len(pair) != 2 or pair[0] not in SPLITS or not pair[1] for pair in pairs):
+        raise UserError(f"--split {text}: write train=NAME, dev=NAME or test=NAME, with a comma between two, as in train=train_sft")
+    names = dict(pairs)
+    if len(names) < len(pairs) or len({*names.values()}) < len(pairs):
+        raise UserError(f"--split {text}: a split is named twice; give each once")
+    return names
+
+
+# The files of a split in several pieces: train-00000-of-00003, train_part1, train.0001; the Hub adds a hash to some.
+_SHARD = re.compile(r"(?P<name>.+?)(?:[-_.]?(?:part|shard|chunk)[-_.]?|[-_.])(?P<number>\d+)(?:[-_.]of[-_.](?P<of>\d+))?(?:-[0-9a-f]{8,})?",
+                    re.A | re.I)
+
+
+def _names_of(data: str, there: Iterable[str], split: str | None) -> dict[str, str]:
+    """{our name: their name} of the splits that a source has, of those that are `there`. Raises `UserError`."""
+    names, listed = parse_split(split), ", ".join(sorted(there)[:20]) or "none"
+    for ours, theirs in names.items():
+        if theirs not in there:
+            raise UserError(f"--split {ours}={theirs}: {data} has no such split; those there: {listed}")
+    for ours, usual in SPLITS.items():
+        theirs = next((name for name in usual if name in there and name not in names.values()), None)
+        if ours not in names and theirs:
+            names[ours] = theirs
+    if not names and Path(data).is_dir():
         raise UserError(f"--data {data}: the folder holds no train.jsonl, dev.jsonl or test.jsonl, nor such a file in another format "
-                        "(data/README.md)")
-    return found
+                        f"(data/README.md); --split train=NAME chooses among those there: {listed}")
+    if not names:
+        raise UserError(f"--data {data}: the data set has no split train, dev, validation, val or test, but {listed}; choose with "
+                        "--split train=NAME")
+    return {ours: names[ours] for ours in SPLITS if ours in names}
+
+
+def _in_folder(folder: Path) -> tuple[dict[str, list[Path | Shards]], list[str]]:
+    """(what could be a split, by name; the names of the other files) of a folder. What a name has several of is unclear.
+
+    A split is a file, files with numbers, or a folder of files. Where there is a file of the plain name, those with numbers are not its
+    pieces. Hidden files count as none.
+    """
+    there, pieces, others = {}, {}, []
+    for path in sorted(folder.iterdir(), key=lambda path: _natural(path.name)):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            within = sorted((file for file in path.iterdir() if not file.name.startswith(".")), key=lambda file: _natural(file.name))
+            files = [file for file in within if file.is_file() and formats.suggested(file)]
+            others += [f"{path.name}/{file.name}" + "/" * file.is_dir() for file in within if file not in files]
+            if files:
+                there.setdefault(path.name, []).append(Shards(_counted(path, files), files))
+            continue
+        if not formats.suggested(path):
+            others.append(path.name)
+        elif piece := _piece(path):
+            pieces.setdefault(piece["name"], []).append(path)
+        elif "." in _stem(path):
+            others.append(path.name)
+        else:
+            there.setdefault(_stem(path), []).append(path)
+    for name, files in pieces.items():
+        if any(isinstance(file, Path) for file in there.get(name, [])):
+            others += [file.name for file in files]
+        else:
+            there.setdefault(name, []).append(Shards(_counted(folder / name, files), files))
+    return there, others
+
+
+def _check_pieces(shards: Shards) -> None:
+    """Raise `UserError` if, by their names, a file of a split is there twice, or not at all."""
+    found = [piece for path in shards.paths if (piece := _piece(path))]
+    seen = {}
+    for piece in found:
+        if (other := seen.setdefault((piece["name"], int(piece["number"])), piece)) is not piece:
+            raise UserError(f"--data: {shards.name}: {other.string} is there more than once, in different formats; move one away")
+    totals = {int(piece["of"]) for piece in found if piece["of"]}
+    if totals and len(shards.paths) not in totals:
+        raise UserError(f"--data: {shards.name}: by their names, there should be {max(totals)}; get the others, too, or rename them")
+
+
+def _piece(path: Path) -> re.Match | None:
+    return _SHARD.fullmatch(_stem(path))
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"(?i)\.gz$", "", path.name).rpartition(".")[0]
+
+
+def _counted(path: Path, files: list[Path]) -> str:
+    return f"{path} ({len(files)} file{'s' * (len(files) != 1)})"
+
+
+def _natural(name: str) -> list:
+    """A key that sorts part2 before part10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _is_hub(data: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:/\\]+)?", data, re.A)) and not formats.suggested(Path(data))
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -262,11 +414,11 @@ def held_out(size: int, dev_fraction: float, seed: int) -> set[int]:
 def join(parts: list[Rows]) -> Rows:
     """The rows of several sources, one source after the other."""
     if len(parts) == 1:
-        return Rows(parts[0].rows, parts[0].source, parts[0].sha256, parts[0].skipped, [*parts[0].notes])
+        return Rows(parts[0].rows, parts[0].source, parts[0].sha256, parts[0].skipped, [*parts[0].notes], [*parts[0].files])
     return Rows(functools.reduce(operator.add, (part.rows for part in parts)), " + ".join(part.source for part in parts),
                 hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest(),
                 [f"{part.source}, {sentence}" for part in parts for sentence in part.skipped],
-                [sentence for part in parts for sentence in part.notes])
+                [sentence for part in parts for sentence in part.notes], [file for part in parts for file in part.files])
 
 
 def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> None:
@@ -276,7 +428,8 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
     and a draw of its rows once more. The mixture is shuffled, so that its first N rows are mixed alike.
     """
     generator, total = random.Random(seed), len(train.rows)
-    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [weight / max(weights) for weight in weights]  # as the sum of very large weights is no number
+    exact = [total * share / sum(shares) for share in shares]
     counts = [math.floor(share) for share in exact]
     for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
         counts[i] += 1
@@ -298,8 +451,9 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
 
 
 @functools.cache
-def _hub(name: str, whole: bool = True) -> dict[str, File]:
-    """The splits of the Hub data set NAME or NAME:CONFIG. Asks the Hub first, as `datasets` alone would try for half a minute."""
+def _hub(name: str, whole: bool = True) -> dict:
+    """The splits of the Hub data set NAME or NAME:CONFIG, by their own names. Asks the Hub first, as `datasets` alone would try for half
+    a minute."""
     import datasets
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -327,11 +481,12 @@ def _hub(name: str, whole: bool = True) -> dict[str, File]:
         constants.HF_HUB_OFFLINE = offline
     if unreachable:
         print(f"note: the Hub can't be reached; {name} is taken from the cache")
-    found = {split: next((hub_split(loaded[own], f"{name} ({own})", whole) for own in names if own in loaded), None)
-             for split, names in SPLITS.items()}
-    if not any(found.values()):
-        raise UserError(f"--data {name}: the data set has no split train, dev, validation, val or test, but {', '.join(loaded)}")
-    return {split: file for split, file in found.items() if file}
+    return loaded
+
+
+@functools.cache
+def _hub_file(name: str, split: str, whole: bool) -> File:
+    return hub_split(_hub(name, whole)[split], f"{name} ({split})", whole)
 
 
 def hub_split(split, name: str, whole: bool = True) -> File:

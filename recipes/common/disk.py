@@ -14,6 +14,7 @@ import pickle
 import shutil
 import tempfile
 import weakref
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -33,22 +34,27 @@ _mapped = weakref.WeakSet()  # the files of the tables that are in use
 
 
 class Stored(Sequence):
-    """Dicts in a file on disk. Like a list of them, but that slices, `take` and `+` copy no row and nothing can be set."""
+    """Dicts in a file on disk. Like a list of them, but that slices, `take` and `+` copy no row and nothing can be set.
 
-    def __init__(self, rows: pa.ChunkedArray, order: np.ndarray):
-        self._rows, self._order = rows, order
+    They know where they were read: `names`, and of each row an entry (index of its name, row, line) in `places`, 0 for what has none.
+    """
+
+    def __init__(self, rows: pa.ChunkedArray, order: np.ndarray, names: Sequence[str] = (), places: np.ndarray | None = None):
+        self._rows, self._order, self._names, self._places = rows, order, tuple(names), places
 
     def __len__(self):
         return len(self._order)
 
     def __getitem__(self, at):
         if isinstance(at, slice):
-            return Stored(self._rows, self._order[at])
+            return Stored(self._rows, self._order[at], self._names, self._places)
         return pickle.loads(self._rows[int(self._order[at])].as_buffer())
 
     def __add__(self, other: "Stored"):
         rows = pa.chunked_array([*self._rows.chunks, *other._rows.chunks], self._rows.type)
-        return Stored(rows, np.concatenate([self._order, other._order + len(self._rows)]))
+        placed = self._places is not None and other._places is not None
+        places = np.concatenate([self._places, other._places + np.array([[len(self._names), 0, 0]], dtype=np.int32)]) if placed else None
+        return Stored(rows, np.concatenate([self._order, other._order + len(self._rows)]), self._names + other._names, places)
 
     def __eq__(self, other):
         return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
@@ -59,7 +65,39 @@ class Stored(Sequence):
 
     def take(self, indices) -> "Stored":
         """The rows at these indices, in this order; an index may come twice."""
-        return Stored(self._rows, self._order[np.asarray(indices, dtype=np.int64)])
+        return Stored(self._rows, self._order[np.asarray(indices, dtype=np.int64)], self._names, self._places)
+
+    def placed(self, names: Sequence[str], places: array) -> "Stored":
+        """The same rows, which are told where they were read: `places` has three numbers a row."""
+        return Stored(self._rows, self._order, names, np.array(places, dtype=np.int32).reshape(-1, 3))
+
+    def number(self, at: int) -> int:
+        """The number that row `at`, of a source that was read, has in its file."""
+        return int(self._places[self._order[at], 1])
+
+    def where(self, at: int, named: bool = True) -> str | None:
+        """The file and row that row `at` was read from, in words; without `named`, the file only where there are several."""
+        if self._places is None:
+            return None
+        name, row, line = self._places[self._order[at]]
+        words = [self._names[name]] if named or len(self._names) > 1 or not row else []
+        return ", ".join(words + ([f"row {row}" + (f" (line {line})" if line else "")] if row else []))
+
+
+def expanded(rows: Sequence[dict], make: Callable[[dict], Iterable[dict]]) -> Stored:
+    """What `make` makes of each row, on disk; each knows the place of the row that it is from."""
+    origins = array("q")
+
+    def each():
+        for at, row in enumerate(rows):
+            for one in make(row):
+                origins.append(at)
+                yield one
+
+    made = store(each())
+    if isinstance(rows, Stored) and rows._places is not None:
+        made = made.placed(rows._names, rows._places[rows._order[np.array(origins, dtype=np.int64)]])
+    return made
 
 
 def _restored(rows: list[bytes]) -> Stored:

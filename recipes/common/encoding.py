@@ -54,7 +54,9 @@ class _Chunk(NamedTuple):
 
 
 def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str, processes: int | None = None) -> Encoded:
-    """Apply `one` to each row of `name`, whose rows are called `unit`. Raises `UserError` for a bad row, unless they are to be skipped.
+    """Apply `one` to each row of `name`. Raises `UserError` for a bad row, unless they are to be skipped.
+
+    A complaint names the file and row that a row was read from; for rows that were not, `name`, `unit` and the row's number.
 
     `processes`: default one a core. Few rows are encoded here, without any.
     """
@@ -69,8 +71,8 @@ def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str
             for chunks_done, chunk in enumerate(_each(chunks, one, processes), start=1):
                 for number, error in chunk.refused.items():
                     if on_bad_row == "stop":
-                        raise UserError(f"{name}, {unit} {number}: {error.wrong} ({error.remedy})")
-                    refused[number] = f"{unit} {number}: {error.wrong}"
+                        raise UserError(f"{place(rows, number) or f'{name}, {unit} {number}'}: {error.wrong} ({error.remedy})")
+                    refused[number] = f"{place(rows, number, named=False) or f'{unit} {number}'}: {error.wrong}"
                 counts.update(chunk.counts)
                 left_out.extend(chunk.left_out)
                 bar.update(chunk.size)
@@ -80,6 +82,11 @@ def encode(rows: Sequence[dict], name: str, one: One, unit: str, on_bad_row: str
                     yield chunk.features
 
     return Encoded(_on_disk(batches()), counts, left_out, refused)
+
+
+def place(rows: Sequence[dict], number: int, named: bool = True) -> str | None:
+    """Where row `number` (from 1) of `rows` was read, in words; None for rows that were not read from a file."""
+    return rows.where(number - 1, named) if isinstance(rows, disk.Stored) else None
 
 
 def dataset(features: Iterable[dict]) -> Dataset | None:

@@ -30,6 +30,8 @@ from recipes.common.shapes import short
 # What a name suggests. The content decides; the name settles what the content leaves open, and says what a broken file was meant to be.
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet"}
 CHUNK = 1 << 20  # bytes decoded at a time
+LOOKED_AT = 1 << 30  # bytes of a stream that are looked through for the first that is not ASCII, which tells the encoding
+HEAD = 4096  # bytes that show UTF-16 by its NULs
 csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is shorter than a long dialogue
 
 # The most frequent characters of Chinese prose and chat: about 120 of the 6,763 of GB 2312, and yet a third or more of most texts.
@@ -44,10 +46,21 @@ class Record(NamedTuple):
     row: dict
     wrong: str | None = None
     line: int | None = None  # where it begins, if that is not the number
+    shard: str | None = None  # the name of its file, where several hold a split
 
     @property
     def where(self) -> str:
-        return f"row {self.number}" + (f" (line {self.line})" if self.line else "")
+        return (f"{self.shard}, " if self.shard else "") + f"row {self.number}" + (f" (line {self.line})" if self.line else "")
+
+
+class Shards(NamedTuple):
+    """The files that hold a split together, in order."""
+
+    name: str
+    paths: list[Path]
+
+    def __str__(self):
+        return self.name
 
 
 @dataclass
@@ -63,13 +76,16 @@ class File:
     columns: list[str] | None = None  # where they are stated once for all rows
     notes: list[str] = field(default_factory=list)
     hub: Callable[[], Iterator[dict]] | None = None  # the rows of such a split
+    shards: list["File"] = field(default_factory=list)  # of one format; their rows are the file's
 
 
-def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
+def identify(path: Path | Shards, names: Iterable[str] = (), whole: bool = True) -> File:
     """What `path` is. `names` are columns that the user expects, beside those of shapes.NAMES. Raises `UserError`.
 
-    Without `whole`, only the start is looked at: no hash, and what is not UTF-16 by its mark is taken for UTF-8.
+    Without `whole`, there is no hash, and the encoding is told from the first megabyte that is not ASCII, if it is within LOOKED_AT.
     """
+    if isinstance(path, Shards):
+        return _together(path, [identify(shard, names, whole) for shard in path.paths])
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a pipe or a device, and a file is read more than once: write it to a file first, as in "
                         "`zcat rows.gz > train.jsonl`")
@@ -84,19 +100,25 @@ def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
         raise UserError(f"{path} is no gzip file, although its name ends in .gz: make it again, or rename it")
     hint = suggested(path)
     with _bytes(file) as stream:
-        start = stream.read(4)
-    if start == b"PAR1" or hint == "parquet":
+        start = stream.read(HEAD)
+    if start.startswith(b"PAR1") or hint == "parquet":
         file.format = "parquet"
         with _parquet(file) as table:
             file.columns = _unique(table.schema_arrow.names, file.name)
         return file
-    if start == b"PK\x03\x04":
+    if start.startswith(b"PK\x03\x04"):
         raise UserError(f"{path} is a zip archive or an Excel workbook: unpack it, or save the sheet as CSV in UTF-8")
-    if whole:
-        _find_encoding(file, start, hint)
-    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise UserError(f"{path} is UTF-32 by its byte order mark, which is not read: save the file as UTF-8")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         file.encoding = "utf-16-le" if start.startswith(codecs.BOM_UTF16_LE) else "utf-16-be"
-    with _text(file) as stream:
+    elif _nuls_alternate(start):
+        raise UserError(f"{path} looks like UTF-16 without its byte order mark, so it can't be read for certain: save it as UTF-8")
+    if whole:
+        _find_encoding(file, hint)
+    else:
+        _glance_at_encoding(file)
+    with _text(file, errors="replace") as stream:  # a byte that is wrong is told with its row by whoever reads so far
         lines = (line for line in stream if line.strip())
         first, second = next(lines, ""), next(lines, None)
     file.format = _format(first, second, hint, names)
@@ -106,6 +128,16 @@ def identify(path: Path, names: Iterable[str] = (), whole: bool = True) -> File:
     if hint and file.format != hint and first:
         file.notes.append(f"{path} is read as {file.format}, which its content is, whatever its name says")
     return file
+
+
+def _together(shards: Shards, files: list[File]) -> File:
+    other = next((file for file in files if file.format != files[0].format), None)
+    if other:
+        raise UserError(f"{shards.name}: {files[0].name} is {files[0].format}, but {other.name} is {other.format}: the files of a split "
+                        "must be of one format, so save them alike or move one away")
+    sha256 = "streamed" if files[0].sha256 == "streamed" else hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()
+    return File(shards.name, files[0].format, sha256, gzipped=any(file.gzipped for file in files),
+                notes=[note for file in files for note in file.notes], shards=files)
 
 
 def records(file: File) -> Iterator[Record]:
@@ -149,19 +181,26 @@ def _text(file: File, newline: str = "\n", errors: str = "strict"):
         yield text
 
 
-def _find_encoding(file: File, start: bytes, hint: str | None) -> None:
+def _nuls_alternate(start: bytes) -> bool:
+    """Whether these bytes have NULs where UTF-16 has them: in every second place, for what is ASCII in a text."""
+    few, many = sorted((start[::2].count(0), start[1::2].count(0)))
+    return many > max(2, len(start) / 16) and few < many / 8
+
+
+def _find_encoding(file: File, hint: str | None) -> None:
     """Set `file.encoding`. Raises `UserError` with the row and the byte if the file is not text, or in no encoding that is certain."""
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        file.encoding = "utf-16-le" if start.startswith(codecs.BOM_UTF16_LE) else "utf-16-be"
     failure = _decode(file, file.encoding)
     if failure is None:
         return
-    seen = Counter()
-    if file.encoding == "utf-8" and _decode(file, "gb18030", seen.update) is None and _is_chinese(seen):
-        file.encoding = "gb18030"
-        with _text(file) as stream:
-            sample = next(re.finditer(r"[\u4e00-\u9fff]+", stream.read(CHUNK)), [""])[0]
-        file.notes.append(f"{file.name} is not UTF-8 and is read as GB18030: if {short(sample[:10])} is garbled, save it as UTF-8")
+    seen, samples = Counter(), []
+
+    def see(text):
+        seen.update(text)
+        if not samples:
+            samples.extend(_chinese_in(text))
+
+    if file.encoding == "utf-8" and failure[2] and _decode(file, "gb18030", see) is None and _is_chinese(seen):
+        _take_for_gb18030(file, samples)
         return
     line, offset, byte = failure
     with _text(file, "", errors="replace") as stream:
@@ -169,8 +208,39 @@ def _find_encoding(file: File, start: bytes, hint: str | None) -> None:
         row = f"row {line}"
         if hint == "csv" or (hint is None and _format(first, None, None, ()) == "csv"):
             row = f"row {_csv_row(stream, line)} (line {line})"
+    if byte == 0:
+        raise UserError(f"{file.name}, {row}: a NUL byte, which no text holds (byte 0x00 at offset {offset}): take it out, or save the "
+                        "file as UTF-8")
     known = "UTF-16 as its byte order mark says" if file.encoding != "utf-8" else "UTF-8 text, nor clearly Chinese in GB18030"
     raise UserError(f"{file.name}, {row}: not {known} (byte {byte:#04x} at offset {offset}); save the file as UTF-8")
+
+
+def _glance_at_encoding(file: File) -> None:
+    """Set `file.encoding` where a look at the first megabyte that is not ASCII shows GB18030."""
+    if file.encoding != "utf-8":
+        return
+    with _bytes(file) as stream:
+        chunks = iter(lambda: stream.read(CHUNK), b"")
+        chunk = next((chunk for chunk in itertools.islice(chunks, LOOKED_AT // CHUNK) if not chunk.isascii()), b"")
+        chunk += stream.read(CHUNK) if chunk else b""
+    for encoding in ("utf-8", "gb18030"):
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(chunk)
+        except UnicodeDecodeError:
+            continue
+        if encoding == "gb18030" and _is_chinese(Counter(text)):
+            _take_for_gb18030(file, _chinese_in(text))
+        return
+
+
+def _chinese_in(text: str) -> list[str]:
+    """The first characters of a text that are Chinese, if any."""
+    return re.findall(r"[\u4e00-\u9fff]+", text)[:1]
+
+
+def _take_for_gb18030(file: File, samples: list[str]) -> None:
+    file.encoding = "gb18030"
+    file.notes.append(f"{file.name} is not UTF-8 and is read as GB18030: if {short(samples[0][:10])} is garbled, save it as UTF-8")
 
 
 def _decode(file: File, encoding: str, see=lambda text: None) -> tuple[int, int, int] | None:
@@ -220,7 +290,7 @@ def _is_chinese(seen: Counter) -> bool:
 def _format(first: str, second: str | None, hint: str | None, names: Iterable[str]) -> str:
     """The format of a text, from its first two lines that are not blank."""
     if first.lstrip()[:1] in ("{", "["):
-        value, wrong = shapes.parse(first)
+        value, wrong = shapes.parse_rows(first)
         if wrong is None and second is not None:
             return "jsonl"
         if wrong is None:
@@ -254,12 +324,12 @@ def _jsonl(file: File) -> Iterator[Record]:
 def _json(file: File) -> Iterator[Record]:
     with _text(file) as stream:
         text = stream.read()
-    value, wrong = shapes.parse(text)
+    value, wrong = shapes.parse_rows(text)
     if wrong:
         raise UserError(f"{file.name}: {wrong}; none of it is read: a JSON file holds one array of rows, a .jsonl file one object a line")
     rows = _list_in(value)
     for number, row in enumerate([value] if rows is None else rows, start=1):
-        yield _object(number, row)
+        yield _object(number, row, shapes.odd(row))
 
 
 def _object(number: int, row, wrong: str | None = None) -> Record:
@@ -312,7 +382,7 @@ def _csv_row(stream, line: int) -> int:
 
 
 def _header(file: File, names: Iterable[str]) -> list[str]:
-    with _text(file, newline="") as stream:
+    with _text(file, newline="", errors="replace") as stream:
         _, header = next(_fields(stream, file), (1, []))
     header = [name.strip() for name in header]
     if header and not {*shapes.NAMES, *names} & {*header} and not _looks_like_names(header):

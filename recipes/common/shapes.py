@@ -4,12 +4,15 @@ The shapes are those of OpenAI's chat files, ShareGPT, Alpaca, and question and 
 """
 
 import json
+import math
 import re
 
 ROLES = ("system", "user", "assistant", "tool")
 # What OpenAI and ShareGPT files call the roles. A function_call is the assistant's; an observation is what came back.
 OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
                "function": "tool", "function_response": "tool", "observation": "tool"}
+# Keys by which a turn may need more than a look: those of ShareGPT, and what OpenAI writes beside a content.
+OTHER_KEYS = frozenset(("from", "value", "tool_calls", "function_call", "weight"))
 # Columns of the question and of the answer; the first pair is Alpaca's.
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
 LISTS = ("messages", "conversations", "history", "tokens", "tags", "label")  # what a CSV file writes as JSON
@@ -55,18 +58,26 @@ def context_turns(row: dict) -> int:
 def _turns(turns: list) -> tuple[list, str | None]:
     messages = []
     for i, turn in enumerate(turns, start=1):
-        message, wrong = _turn(turn) if isinstance(turn, dict) else (turn, None)
-        if wrong:
-            return [], f"turn {i}: {wrong}"
-        messages.append(message)
+        if isinstance(turn, dict) and not _plain(turn):
+            turn, wrong = _turn(turn)
+            if wrong:
+                return [], f"turn {i}: {wrong}"
+        messages.append(turn)
     return messages, None
+
+
+def _plain(turn: dict) -> bool:
+    """Whether a turn has our shape already, as most have."""
+    return type(turn.get("content")) is str and turn.get("role") in ROLES and turn.keys().isdisjoint(OTHER_KEYS)
 
 
 def _turn(turn: dict) -> tuple[dict, str | None]:
     """A turn of OpenAI's or ShareGPT's kind as one of ours, and what is wrong with it."""
     turn = dict(turn)
     for theirs, ours in (("from", "role"), ("value", "content")):
-        if theirs in turn and ours not in turn:
+        if theirs in turn and ours in turn:
+            return turn, f'both "{theirs}" and "{ours}" are given, so which is meant is unclear: keep one of them'
+        if theirs in turn:
             turn[ours] = turn.pop(theirs)
     role, content = turn.get("role"), turn.get("content")
     if isinstance(content, list):
@@ -84,7 +95,10 @@ def _turn(turn: dict) -> tuple[dict, str | None]:
             turn["content"] = f"{content}\n{text}" if content else text
         turn = {key: value for key, value in turn.items() if key not in ("tool_calls", "function_call")} | {"train": False}
         return turn, wrong
-    if role == "function_call" or (turn.get("role") == "assistant" and turn.get("weight") == 0):
+    weight = turn.get("weight") if turn.get("role") == "assistant" else None
+    if weight not in (None, 0, 1):
+        return turn, f'"weight" must be 0 (read, not trained on) or 1, not {short(weight)}'
+    if role == "function_call" or weight == 0:
         turn["train"] = False
     return turn, None
 
@@ -114,7 +128,7 @@ def _pair(row: dict, question: str, answer: str) -> tuple[list, str | None]:
     messages = []
     for asked, answered in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered, "train": False}]
-    asked = f"{row[question]}\n{row['input']}" if row.get("input") else row[question]
+    asked = f"{row[question]}\n{row['input']}" if (row.get("input") or "").strip() else row[question]
     return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}], None
 
 
@@ -228,18 +242,84 @@ def check_pretrain(row: dict) -> str | None:
     return _missing(row, "text") or _no_text(row, "text")
 
 
+class Odd(ValueError):
+    """What JSON lets pass and no row may hold, in one sentence."""
+
+
+def _decoder(odd) -> json.JSONDecoder:
+    """JSON without what Python reads silently its own way; `odd` is handed an `Odd` of it, and says what stands in its place."""
+    def unique(pairs):
+        row = dict(pairs)
+        if len(row) == len(pairs):
+            return row
+        names = [name for name, _ in pairs]
+        return odd(Odd(f"the key {short(next(name for name in names if names.count(name) > 1))} stands twice in one object: keep one"))
+
+    def number(text):
+        value = float(text)
+        return value if math.isfinite(value) else odd(Odd(f"the number {short(text)} is too large: write a smaller one, or null"))
+
+    return json.JSONDecoder(object_pairs_hook=unique, parse_float=number,
+                            parse_constant=lambda name: odd(Odd(f"{name} is no number of JSON: write null, or leave the key out")))
+
+
+def _raise(odd: Odd):
+    raise odd
+
+
+_STRICT, _MARKING = _decoder(_raise), _decoder(lambda odd: odd)
+DEEPEST = 100  # lists and objects in one another; Python itself gives up at some hundreds
+ESCAPES = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # how JSON writes NUL and halves of characters
+
+
 def parse(text: str) -> tuple[object, str | None]:
     """The value of a JSON text, and what is wrong with it, in one sentence."""
+    value, wrong = _parsed(text, _STRICT)
+    if wrong is None and (text.count("{") + text.count("[") > DEEPEST or "\\u" in text and ESCAPES.search(text)):
+        wrong = odd(value)
+    return value, wrong
+
+
+def parse_rows(text: str) -> tuple[object, str | None]:
+    """As `parse`, but for a text of many rows: what only one of them is wrong with stands in it as an `Odd`, for `odd` to find."""
+    return _parsed(text, _MARKING)
+
+
+def _parsed(text: str, decoder: json.JSONDecoder) -> tuple[object, str | None]:
     try:
-        return json.loads(text), None
+        return decoder.decode(text), None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         broken = text.split("\n")[error.lineno - 1]
         return {}, f"broken JSON at {line}column {error.colno} ({error.msg}): {short(broken)}"
     except RecursionError:
         return {}, f"JSON nested too deeply: {short(text)}"
+    except Odd as error:
+        return {}, str(error)
     except ValueError as error:  # a number of more than 4,300 digits
         return {}, f"JSON that can't be read ({error}): {short(text)}"
+
+
+def odd(value) -> str | None:
+    """What no row may hold and this JSON value does, in one sentence; None if it holds nothing of the kind."""
+    level, depth = [value], 0
+    while level:
+        below, depth = [], depth + 1
+        for one in level:
+            if isinstance(one, dict):
+                below += [*one, *one.values()]
+            elif isinstance(one, list):
+                below += one
+            elif isinstance(one, str) and "\0" in one:
+                return f"there is a NUL character (\\u0000) in {short(one)}: take it out"
+            elif isinstance(one, str) and half_a_character(one):
+                return f"there is half a character (a lone surrogate) in {short(one)}: write the whole one"
+            elif isinstance(one, Odd):
+                return str(one)
+        level = below
+        if level and depth > DEEPEST:
+            return f"JSON nested too deeply (more than {DEEPEST} lists and objects in one another): {short(value)}"
+    return None
 
 
 def half_a_character(text: str) -> bool:

@@ -16,9 +16,9 @@ from recipes.common.formats import File
 LISTED = 1000  # rows left out that run.json names; all are counted
 
 
-def files(names: str | list[str], columns: str | None) -> list[dict[str, File]]:
+def files(names: str | list[str], columns: str | None, split: str | None = None) -> list[dict[str, File]]:
     """The files of each source by split, of which only the start is looked at. Raises `UserError` for one that can't be streamed."""
-    found = data.identify(names, columns, whole=False)
+    found = data.identify(names, columns, whole=False, split=split)
     for file in (file for splits in found for file in splits.values()):
         if file.format == "json" or (file.format == "parquet" and file.gzipped):
             raise UserError(f"{file.name} can only be read whole, so --streaming can't read it: save it as JSON Lines, an object a line")

@@ -152,7 +152,8 @@ def _load(shared, method, training) -> Task:
             _descend(task, run, record, shared)
         return task
     old = _old_source(shared)
-    files = [data.identify(shared.data, shared.columns)] + ([_of(old, data.identify, old.name, shared.columns)] if old else [])
+    files = [data.identify(shared.data, shared.columns, split=shared.split)]
+    files += [_of(old, data.identify, old.name, shared.columns)] if old else []
     read = functools.cache(partial(_rows, kind, shared, training.seed, files, old))  # at most once, and only if they are needed
     if shared.from_scratch:
         source, tokenizer = kind.from_scratch(shared, training, source, tokenizer,
@@ -173,6 +174,7 @@ def _load(shared, method, training) -> Task:
     features, made = entry or disk.kept(folder)
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
     task.report["doctor"]["details"] = doctor_command(shared, training.seed)
+    _note_not_read(task, shared)
     task.train, task.dev, task.old = features["train"], features["dev"], features.get("old")
     if run:
         _descend(task, run, record, shared)
@@ -185,10 +187,12 @@ def _load(shared, method, training) -> Task:
 
 def _stream(kind, shared, training, source, tokenizer) -> Task:
     """The task with train rows that are read while it trains. Dev rows are those of a dev file, or the first of the train rows."""
-    files = streaming.files(shared.data, shared.columns)
+    files = streaming.files(shared.data, shared.columns, shared.split)
     read = partial(streaming.rows, [found["train"] for found in files], kind.check(shared), shared.columns, shared.on_bad_row)
     name, limit = " + ".join(found["train"].name for found in files), shared.max_eval_samples or DEV_ROWS
-    first = disk.store(row for _, row in deadline.timed(itertools.islice(read(lambda sentence: None), max(limit, 1000)), name))
+    beginning = list(deadline.timed(itertools.islice(read(lambda sentence: None), max(limit, 1000)), name))
+    first = disk.store(row for _, row in beginning).placed([where for where, _ in beginning],
+                                                            [number for i in range(len(beginning)) for number in (i, 0, 0)])
     devs = [data.read(found["dev"], kind.check(shared), shared.on_bad_row, shared.columns) for found in files if "dev" in found]
     dev = data.join(devs) if devs else data.Rows(first[:limit], f"{name} (first {len(first[:limit])} rows)", "streamed")
     task = _make(kind, shared, source, tokenizer, kind.facts(first, shared))
@@ -204,7 +208,15 @@ def _stream(kind, shared, training, source, tokenizer) -> Task:
     task.dev = features["dev"]
     task.report |= {"max_length": task.max_length, "splits": {"train": report, **splits}, "doctor": {
         "sentences": ["a stream is not examined for copies, leaks and personal data"], "details": doctor_command(shared, training.seed)}}
+    _note_not_read(task, shared)
     return task
+
+
+def _note_not_read(task: Task, shared) -> None:
+    """Say which files and splits of the sources are not read."""
+    left = data.not_read(shared.data, not shared.streaming, shared.split)
+    task.report["notes"] = [*task.report.get("notes", []), *data.tell_not_read(left)]
+    task.report["not_read"] = {"count": sum(map(len, left.values())), "names": left}
 
 
 def doctor_command(shared, seed: int) -> str:
@@ -260,7 +272,8 @@ class _Old(NamedTuple):
 
 
 def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) -> _Rows:
-    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[0])
+    splits = data.load(shared.data, kind.check(shared), shared.dev_fraction, seed, shared.on_bad_row, shared.columns, files[0],
+                       shared.split)
     read, replayed = {name: split.rows for name, split in splits.items()}, {}
     for split in splits.values():
         split.rows = kind.rows(split.rows, shared)
@@ -291,7 +304,7 @@ def _encode(task: Task, splits: dict[str, data.Rows], shared) -> tuple[dict[str,
             features[split], counts = task.encode(found.rows[:limit], found.source, shared.on_bad_row, split == "train")
             refused = list(counts.pop("refused").values())
             report[split] = {"source": found.source, "sha256": found.sha256, **counts, "bad_rows": found.skipped + refused,
-                             "notes": found.notes}
+                             "notes": found.notes, "files": found.files}
     return features, report
 
 
@@ -329,6 +342,7 @@ def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, see
     train.notes += [*pool.notes, f"replay: {len(drawn)} of {len(pool.rows)} rows of {old.name} added to {len(train.rows)}"
                     + (f", as there are no {wanted}" if len(drawn) < wanted else "")]
     train.skipped += [f"{old.name}, {sentence}" for sentence in pool.skipped]
+    train.files += pool.files
     train.rows = train.rows + drawn
     return {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
 

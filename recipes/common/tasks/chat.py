@@ -71,7 +71,7 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
                          f"{counts['turns_dropped']} oldest turns dropped")
     if left_out:
         sentences.append("left out, as even the last question with its answer exceeds --max_length or no turn is trained on: "
-                         f"{len(left_out)} dialogues (numbers {_some(left_out)})")
+                         f"{len(left_out)} dialogues ({_some(rows, left_out)})")
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "tokens",
         **{key: counts[key] for key in ("shortened", "turns_dropped", "tokens", "supervised")}, "sentences": sentences}
@@ -161,5 +161,5 @@ def _answer(name, model, task, rows, features, options) -> dict:
             "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}
 
 
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+def _some(rows, numbers: list[int]) -> str:
+    return ", ".join(encoding.place(rows, n, named=False) or f"row {n}" for n in numbers[:10]) + (", ..." if len(numbers) > 10 else "")

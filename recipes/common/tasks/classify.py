@@ -4,6 +4,7 @@ Rows are {"text", "label"} with an optional "text_pair", or dialogues: then each
 read alone or with the `--context_turns` turns before it.
 """
 
+import itertools
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
@@ -35,24 +36,21 @@ def check(shared):
 
 def rows(rows, shared) -> disk.Stored:
     """{"text", "text_pair", "label", ...} of each row, and of each labelled turn of a dialogue."""
-    return disk.store(_texts(rows, shared))
+    return disk.expanded(rows, partial(_texts, shared=shared, numbers=itertools.count()))
 
 
-def _texts(rows, shared):
-    number = 0
-    for row in rows:
-        if "messages" not in row:
-            yield {**row, "label": row[shared.label]}
-            number += 1
-            continue
-        for i, turn in data.labelled_turns(row, shared.label):
-            before = row["messages"][max(0, i - shared.context_turns): i]
-            context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-            yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None, "of_dialogue": True,
-                    "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
-                   | {key: row[key] for key in ("language",) if key in row}
-                   | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
-            number += 1
+def _texts(row: dict, shared, numbers):
+    if "messages" not in row:
+        next(numbers)
+        yield {**row, "label": row[shared.label]}
+        return
+    for i, turn in data.labelled_turns(row, shared.label):
+        before = row["messages"][max(0, i - shared.context_turns): i]
+        context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
+        yield ({"id": f"{row.get('id', next(numbers))}#{i + 1}", "text": turn["content"], "text_pair": context or None, "of_dialogue": True,
+                "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
+               | {key: row[key] for key in ("language",) if key in row}
+               | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
 
 
 def facts(rows, shared) -> dict:

@@ -59,9 +59,9 @@ def _check(row: dict) -> str | None:
 
 def rows(rows, shared) -> disk.Stored:
     """{"text", ...} of each row; of a dialogue, a line for each turn."""
-    return disk.store(
+    return disk.expanded(rows, lambda row: [
         {"text": "\n".join(m["content"] for m in row["messages"]), **{key: row[key] for key in ("id", "language") if key in row}}
-        if "messages" in row else row for row in rows)
+        if "messages" in row else row])
 
 
 def facts(rows, shared) -> dict:
