@@ -140,11 +140,11 @@ def test_the_last_and_the_best_checkpoint_are_never_deleted(make):
 def test_a_changed_argument_is_refused_unless_it_is_allowed(make):
     before = {"rank": 8, "rows": {"train": {"sha256": "a"}}}
     folder, now = make(2, before), {"rank": 16, "rows": {"train": {"sha256": "b"}}}
-    assert checkpoints.check_unchanged(folder, before, None) == []
+    assert checkpoints.check_unchanged(folder, before, None) == {}
     for allowed, named in ((None, "rank was 8, now 16, and 1 more"), ("rank", "the train data are others")):
         with pytest.raises(UserError, match=f"{named}.*--allow_changed rank,rows"):
             checkpoints.check_unchanged(folder, now, allowed)
-    assert checkpoints.check_unchanged(folder, now, "rows,rank") == ["rank was 8, now 16", "the train data are others"]
+    assert checkpoints.check_unchanged(folder, now, "rows,rank") == {"rank": "rank was 8, now 16", "rows": "the train data are others"}
     with pytest.raises(UserError, match="--allow_changed rnak: no argument"):
         checkpoints.check_unchanged(folder, now, "rnak")
 
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(through, tiny, data, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [checkpoints.LIVES, "checkpoint-2"]
     run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--resume_from_checkpoint")
     assert same_end(tmp_path / "run", through)
 
