@@ -150,9 +150,24 @@ def test_a_changed_argument_is_refused_unless_it_is_allowed(make):
 
 
 def test_a_checkpoint_without_optimizer_is_no_place_to_go_on_from(make):
-    folder = make(2, {"save_only_model": True})
-    with pytest.raises(UserError, match="checkpoint-2 was written with --save_only_model"):
-        checkpoints.check_unchanged(folder, {"save_only_model": True}, None)
+    first, second = make(2), make(4, place=False)
+    (second / "optimizer.pt").unlink()
+    second = checkpoints.put_in_place(second, first.parent, {})
+    newest, [sentence] = checkpoints.newest(first.parent)
+    assert newest == first and "checkpoint-4 is passed over: it was written with --save_only_model" in sentence
+    make(6)
+    checkpoints.rotate(first.parent, 1, None)
+    assert checkpoints.found_in(first.parent) == [first.parent / "checkpoint-6"]
+
+
+def test_the_last_checkpoint_with_an_optimizer_is_never_deleted(make):
+    first = make(2)
+    for step in (4, 6):
+        staged = make(step, place=False)
+        (staged / "optimizer.pt").unlink()
+        checkpoints.put_in_place(staged, first.parent, {})
+    checkpoints.rotate(first.parent, 1, None)
+    assert checkpoints.found_in(first.parent) == [first.parent / "checkpoint-6", first]
 
 
 # Whole runs

@@ -70,12 +70,14 @@ def holder(folder, *, with_child=False):
     """A process that holds the lock of `folder` until it is killed; with a child of its own that lives on."""
     reader, writer = os.pipe()
     if not (pid := os.fork()):
-        with run_folder.locked(folder):
-            child = os.fork() if with_child else 1
-            if child:
-                os.write(writer, f"{child}\n".encode())
-            time.sleep(60)
-        os._exit(0)
+        try:
+            with run_folder.locked(folder):
+                child = os.fork() if with_child else 1
+                if child:
+                    os.write(writer, f"{child}\n".encode())
+                time.sleep(60)
+        finally:
+            os._exit(0)
     os.close(writer)
     return pid, int(os.read(reader, 20))
 

@@ -61,14 +61,11 @@ def _same(file, path: Path) -> bool:
         return False
 
 
-def check(folder: Path, named: Path | None, resume: bool) -> None:
-    """Refuse a run folder that holds what is not this run's. `named` is the checkpoint that a resume names, if it does. Writes nothing.
-
-    Raises `UserError`.
-    """
+def check(folder: Path, named: Path | None, resume: bool, from_scratch: bool) -> None:
+    """Raise `UserError` where a run folder holds what is not this run's. `named` is the checkpoint that a resume names, if it does."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint; from scratch, "start" as well.
-    others = names - {"runs", LOCK, checkpoints.LIVES, *([START[0]] if folder.joinpath(*START).is_file() else [])}
+    others = names - {"runs", LOCK, checkpoints.LIVES, *([START[0]] if from_scratch and folder.joinpath(*START).is_file() else [])}
     found, stage = checkpoints.found_in(folder), folder / checkpoints.STAGE
     if not resume:
         if found or "run.json" in names or stage.exists():

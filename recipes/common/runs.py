@@ -50,7 +50,7 @@ def start(shared, method, training) -> contextlib.ExitStack:
                 stack.enter_context(run_folder.locked(folder))
             except OSError as error:
                 raise UserError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
-        run_folder.check(folder, named, bool(asked))
+        run_folder.check(folder, named, bool(asked), shared.from_scratch)
         if training.world_size > 1:
             torch.distributed.barrier()  # nothing is written before all have looked
         held = stack.pop_all()
