@@ -483,3 +483,18 @@ def test_a_rollback_in_a_new_folder_goes_back_to_where_the_run_came_from(killed,
     trainer = train(tmp_path / "on", "--resume_from_checkpoint", str(named), "--on_nan", "rollback", trainer_class=BrokenIn4)
     assert any(f"those of {named} again" in event["event"] for event in trainer.watch.events)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(("recipe", "flags"), [
+    ("full", ("--max_tokens", "100")), ("adalora", ("--init_rank", "4", "--target_rank", "2", "--max_steps", "6")),
+    ("prefix", ("--max_steps", "1")), ("adapter", ("--max_steps", "1", "--micro_batch_tokens", "64")),
+    ("lora", ("--tokens_per_step", "200", "--num_train_epochs", "1")),
+    ("full", ("--task", "pretrain", "--from_scratch", "--max_steps", "1")),
+], ids=str)
+def test_a_finished_run_of_any_kind_is_known_again(recipe, flags, tiny, data, tmp_path, capsys):
+    run_recipe(recipe, tiny("gpt2"), data, tmp_path / "run", *flags)
+    before = contents(tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        run_recipe(recipe, tiny("gpt2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint")
+    assert end.value.code == 0 and "; nothing to do" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == before
