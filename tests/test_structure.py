@@ -72,17 +72,18 @@ MAY_IMPORT = {
     "cpu_attention": set(),
     "compilation": {"cpu_attention", "errors"},
     "checkpoints": {"errors"},
+    "run_folder": {"checkpoints", "errors"},
     "dev_answers": {"chat", "generation", "losses", "metrics"},
     "faults": {"checkpoints", "errors"},
     "scoring": {"cpu_attention", "errors", "faults", "losses", "metrics", "processes"},
     "trained": {"errors"},
     "trainer": {"batches", "checkpoints", "compilation", "cpu_attention", "curves", "deadline", "dev_answers", "errors", "faults", "losses",
                 "redaction", "regularize", "scoring", "trained"},
-    "runs": {"checkpoints", "errors", "model_card", "redaction", "report"},
-    "scratch": {"errors", "models"},
+    "runs": {"checkpoints", "errors", "model_card", "redaction", "report", "run_folder"},
+    "scratch": {"checkpoints", "errors", "models"},
     "streaming": {"data", "deadline", "encoding", "errors", "formats"},
     "tasks": {"args", "batches", "chat", "data", "deadline", "disk", "doctor", "encoding", "errors", "evaluation", "generation",
-                "head_start", "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming"},
+              "head_start", "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming"},
 }
 
 
