@@ -108,6 +108,7 @@ ZH = {
     "perplexity": "困惑度",
     "accuracy": "准确率",
     "macro F1": "宏平均 F1",
+    "f1 macro": "宏平均 F1",
     "micro F1": "微平均 F1",
     "kept": "保留",
     "OOS recall": "域外召回率",
