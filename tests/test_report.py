@@ -167,6 +167,9 @@ def test_more_lines_than_colours_are_all_drawn():
 def test_numbers_below_a_picture_are_few_enough_to_be_read():
     picture = plots.intervals([("a", 5.996, 5.991, 6.001), ("b", 6.004, 5.999, 6.009)], "loss")
     assert 2 <= len(re.findall(r">\d\.\d{3,4}<", picture)) <= 6
+    for sizes, shown in (((2901, 31701), {"3k", "10k", "30k"}), ((8000, 134_515_008), {"10k", "100k", "1M", "10M", "100M"})):
+        picture = plots.scatter([(str(x), x, 1.0, 0.9, 1.1) for x in sizes], "F1, size", "size", "F1")
+        assert shown <= set(re.findall(r">([\dkM]+)<", picture)) and "mathdefault" not in picture and "^" not in picture
 
 
 def test_a_comparison_in_which_all_failed_has_a_report(compared):
