@@ -152,6 +152,12 @@ def test_the_report_of_a_comparison_has_every_section(language, compared):
         assert fact in page, fact
 
 
+def test_a_text_to_translate_is_no_source_of_data(compared):
+    sample = {"context": [["source", "Drive carefully."]], "reference": ["小心驾驶。", "开车小心。"], "answers": {"lora": "小心。"}}
+    page = report.render_comparison(compared | {"samples": [sample]}, "zh")
+    assert ">原文</span>Drive carefully." in page and "小心驾驶。 / 开车小心。" in page
+
+
 def test_a_comparison_of_an_earlier_version_has_a_report(compared):
     old = {key: value for key, value in compared.items() if key not in ("doctor", "configuration")}
     old["systems"] = [{key: value for key, value in one.items() if key != "configuration"} for one in compared["systems"]]

@@ -94,7 +94,7 @@ def _answers(sample: list[tuple[str, str]]) -> dict:
 
 
 def _text(value) -> str:
-    return value if isinstance(value, str) else " ".join(map(str, value))
+    return value if isinstance(value, str) else " / ".join(map(str, value))  # several references, or labels
 
 
 # Pictures

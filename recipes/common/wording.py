@@ -32,6 +32,7 @@ ZH = {
     "tokens": "词元",
     "trained on": "参与训练",
     "source": "来源",
+    "source text": "原文",
     "What the checks of the data found": "数据检查结果",
     "All checks: {command}": "全部检查：{command}",
     "The checks found nothing.": "检查未发现问题。",
