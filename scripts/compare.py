@@ -608,10 +608,14 @@ def samples(plan, members: dict, texts: dict, results: dict) -> list[dict]:
         if plan.shared.task == "chat":
             context = [[m["role"], m["content"]] for m in rows[line["row"]]["messages"][: line["turn"]]]
         else:
-            context = [[key, line[key] if isinstance(line[key], str) else " ".join(line[key])] for key in ("text", "source", "tokens")
-                       if key in line]
+            context = [[key, line[key]] for key in ("text", "source") if key in line]
         reference = next(line[key] for key in ("reference", "references", "label", "tags") if key in line)
-        out.append({"context": context, "reference": reference, "answers": {name: own[i][model] for name, (own, model) in by.items()}})
+        answers = {name: own[i][model] for name, (own, model) in by.items()}
+        if plan.shared.task == "tag":  # the spans: nobody can tell which word is the seventh of a row of tags
+            tokens = line["tokens"]
+            context, reference = [["text", "".join(plan.kind.spaced(tokens))]], plan.kind.shown(tokens, reference)
+            answers = {name: plan.kind.shown(tokens, tags) for name, tags in answers.items()}
+        out.append({"context": context, "reference": reference, "answers": answers})
     return out
 
 

@@ -283,6 +283,9 @@ def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
         {item_scores.METRICS[metric].title: values[item_scores.METRICS[metric].title] for metric in metrics})
     if task == "classify":  # three of each label in train and test
         assert base[0]["scores"]["accuracy"]["mean"] == 50 and base[0]["scores"]["loss"]["mean"] == pytest.approx(np.log(2))
+    if task == "tag":
+        sample = record["samples"][0]
+        assert sample["reference"] == "day: Friday" and sample["context"] == [["text", "Friday is fine"]]
     assert own["costs"]["latency"] > 0 and record["samples"][0]["answers"].keys() == {system["name"] for system in record["systems"]}
 
 

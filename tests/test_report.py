@@ -152,6 +152,12 @@ def test_the_report_of_a_comparison_has_every_section(language, compared):
         assert fact in page, fact
 
 
+def test_a_text_to_translate_is_no_source_of_data(compared):
+    sample = {"context": [["source", "Drive carefully."]], "reference": ["小心驾驶。", "开车小心。"], "answers": {"lora": "小心。"}}
+    page = report.render_comparison(compared | {"samples": [sample]}, "zh")
+    assert ">原文</span>Drive carefully." in page and "小心驾驶。 / 开车小心。" in page
+
+
 def test_a_comparison_of_an_earlier_version_has_a_report(compared):
     old = {key: value for key, value in compared.items() if key not in ("doctor", "configuration")}
     old["systems"] = [{key: value for key, value in one.items() if key != "configuration"} for one in compared["systems"]]
@@ -167,6 +173,9 @@ def test_more_lines_than_colours_are_all_drawn():
 def test_numbers_below_a_picture_are_few_enough_to_be_read():
     picture = plots.intervals([("a", 5.996, 5.991, 6.001), ("b", 6.004, 5.999, 6.009)], "loss")
     assert 2 <= len(re.findall(r">\d\.\d{3,4}<", picture)) <= 6
+    for sizes, shown in (((2901, 31701), {"3k", "10k", "30k"}), ((8000, 134_515_008), {"10k", "100k", "1M", "10M", "100M"})):
+        picture = plots.scatter([(str(x), x, 1.0, 0.9, 1.1) for x in sizes], "F1, size", "size", "F1")
+        assert shown <= set(re.findall(r">([\dkM]+)<", picture)) and "mathdefault" not in picture and "^" not in picture
 
 
 def test_a_comparison_in_which_all_failed_has_a_report(compared):
@@ -209,7 +218,7 @@ def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
     names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
              "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy", "macro F1", "micro F1",
-             "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
+             "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
              *doctor.PERSONAL.values()}  # of what records hold
     assert ZH.keys() - said() == names
     assert [english for english, chinese in ZH.items() if not HAN.search(chinese)] == []

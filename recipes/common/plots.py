@@ -7,6 +7,7 @@ import warnings
 
 import matplotlib
 from matplotlib.figure import Figure  # not pyplot: no global state
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 COLOURS = ("#2f7fc1", "#e07b39", "#2f9d6e", "#b55fa5", "#b8901f", "#6f7f8f", "#c94f4f", "#4f6fc9")  # told apart on white and on black
 
@@ -95,6 +96,10 @@ def scatter(points: list[tuple[str, float, float, float, float]], label: str, xl
     xs = [x for _, x, *_ in points]
     if max(xs) > 10 * min(xs):
         axes.set_xscale("log")
+        few = max(xs) < 100 * min(xs)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if few else (1,)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 3k, 1M: 3 x 10^3 and 4 x 10^3 run into each other
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.margins(0.12)

@@ -26,7 +26,8 @@ def render(record: dict, language: str = "en") -> str:
     evaluations = {split: result | {"pictures": _score_pictures(result), "matrix": _matrix(result, t),
                                     "answers": [_answers(sample) for sample in result["samples"]]}
                    for split, result in record.get("evaluation", {}).items()}
-    return _page("report.html.jinja", language, run=record, curves=curves(record["history"], t, "flops" in record), evaluations=evaluations,
+    return _page("report.html.jinja", language, run=record, evaluations=evaluations,
+                 curves=curves(record["history"], language, "flops" in record),
                  ranks=ranks(record.get("method_report", {}).get("rank_pattern", {})),
                  title=t("{recipe} on {model}", recipe=record["recipe"], model=plots.model_name(record["model"])))
 
@@ -38,7 +39,7 @@ def render_comparison(record: dict, language: str = "en") -> str:
     pictures = {metric: plots.intervals([(s["name"], *(s["scores"][metric][key] for key in ("mean", "low", "high"))) for s in scored
                                          if metric in s["scores"]], kind["title"]) for metric, kind in record["metrics"].items()}
     return _page("comparison.html.jinja", language, run={"doctor": None, "configuration": {}} | record, scored=scored, pictures=pictures,
-                 costs=_cost_pictures(record, scored, language), training=_training_pictures(record, t),
+                 costs=_cost_pictures(record, scored, language), training=_training_pictures(record, language),
                  curves=[curve | {"picture": _learning_curve(curve, record, language)} for curve in record["learning_curves"]],
                  answers=[_answers([*map(tuple, sample["context"][-1:]), ("reference", _text(sample["reference"])),
                                     *((name, _text(answer)) for name, answer in sample["answers"].items())])
@@ -93,28 +94,30 @@ def _answers(sample: list[tuple[str, str]]) -> dict:
 
 
 def _text(value) -> str:
-    return value if isinstance(value, str) else " ".join(map(str, value))
+    return value if isinstance(value, str) else " / ".join(map(str, value))  # several references, or labels
 
 
 # Pictures
 
 
-def curves(history: list[dict], t, per_token: bool = False) -> list[tuple[str, str]]:
+def curves(history: list[dict], language: str, per_token: bool = False) -> list[tuple[str, str]]:
     """(title, SVG) of the losses, the learning rate, the gradient norm and the other dev scores over the steps; only those logged.
 
     With `per_token`, the losses over the tokens seen as well.
     """
+    t, name = wording(language), name_in(language)
+
     def points(key):
         return [(entry["step"], entry[key]) for entry in history if key in entry]
 
     found = [(t("loss (nats per item)"), {t("train"): points("loss"), t("dev"): points("eval_loss")}),
              (t("learning rate"), {"": points("learning_rate")}), (t("gradient norm"), {"": points("grad_norm")})]
     others = _other_scores(history)
-    found += [(f"{t('dev')}: {key.removeprefix('eval_')}", {"": points(key)}) for key in others]
+    found += [(f"{t('dev')}: {name(key.removeprefix('eval_'))}", {"": points(key)}) for key in others]
     pictures = [(title, plots.lines(series, title, t("step"))) for title, series in found]
     if per_token:
-        over = {t(name): [(entry["num_input_tokens_seen"], entry[key]) for entry in history if key in entry]
-                for name, key in (("train", "loss"), ("dev", "eval_loss"))}
+        over = {t(split): [(entry["num_input_tokens_seen"], entry[key]) for entry in history if key in entry]
+                for split, key in (("train", "loss"), ("dev", "eval_loss"))}
         title = t("loss over tokens")
         pictures.insert(1, (title, plots.lines(over, title, t("tokens"))))
     return [(title, picture) for title, picture in pictures if picture]
@@ -126,13 +129,14 @@ def _other_scores(history: list[dict]) -> list[str]:
                               if key.startswith("eval_") and not key.endswith(SPEED) and key not in ("eval_loss", "eval_perplexity")))
 
 
-def _training_pictures(record: dict, t) -> list[tuple[str, str]]:
+def _training_pictures(record: dict, language: str) -> list[tuple[str, str]]:
     """(title, SVG) of what was logged in training over the steps, a line for each system: its first run that ended well."""
+    t, name = wording(language), name_in(language)
     histories = {system["name"]: next((run["history"] for run in system["runs"] if run.get("history")), []) for system in record["systems"]}
     titles = {"eval_loss": t("dev loss"), "loss": t("train loss"), "learning_rate": t("learning rate"), "grad_norm": t("gradient norm")}
-    titles |= {key: f"{t('dev')}: {key.removeprefix('eval_')}" for history in histories.values() for key in _other_scores(history)}
-    pictures = [(title, plots.lines({name: [(entry["step"], entry[key]) for entry in history if key in entry]
-                                     for name, history in histories.items()}, title, t("step"))) for key, title in titles.items()]
+    titles |= {key: f"{t('dev')}: {name(key.removeprefix('eval_'))}" for history in histories.values() for key in _other_scores(history)}
+    pictures = [(title, plots.lines({system: [(entry["step"], entry[key]) for entry in history if key in entry]
+                                     for system, history in histories.items()}, title, t("step"))) for key, title in titles.items()]
     return [(title, picture) for title, picture in pictures if picture]
 
 
