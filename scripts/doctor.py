@@ -21,6 +21,7 @@ import json
 import operator
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -41,6 +42,7 @@ LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatev
 WHOLE = 10**9   # a --max_length that shortens nothing
 SHOWN = 10      # refused rows of a file on the screen
 UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
+GENERATION = re.compile(r"\{%-?\s*generation\b")
 CUT = re.compile(r"[\w@.+ -]*[0-9@][\w@.+ -]*\.\.\.(?=['\"])", re.A)  # where a quotation (shapes.short) ends in a number or an address
 
 
@@ -176,7 +178,7 @@ def examine(options) -> int:
     if encoded:
         summary, findings = doctor.examine({name: split.summary for name, split in encoded.items()}, task.max_length, options.threshold,
                                            found=findings)
-        print(doctor.report(summary, findings, options.colour))
+        print(doctor.report(summary, findings, options.colour, shutil.get_terminal_size().columns))
     else:
         print("\n".join(doctor.verdict(findings, options.colour)))
     for name, split in encoded.items():
@@ -301,6 +303,9 @@ def tokenized(splits: dict[str, Part], shared, kind, model) -> tuple[object, dic
     task = tasks.without_data(shared, model, train)
     for note in task.report.get("notes", []):
         print(f"note: {note}")
+    if task.name in ("chat", "translate") and task.peft_type == "CAUSAL_LM" and not GENERATION.search(str(task.tokenizer.chat_template)):
+        print("note: the chat template does not mark the assistant's turns ({% generation %}): they are found by rendering each dialogue, "
+              "and checked; --show N shows them")
     whole = kind.make(replace(shared, max_length=WHOLE), model, task.tokenizer, kind.facts(train, shared))
     encoded, findings = {}, []
     for name, part in splits.items():

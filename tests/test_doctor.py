@@ -21,6 +21,7 @@ from recipes.common.doctor import (
     flaws,
     histogram,
     labels_of,
+    language_mix,
     length_summary,
     rendered,
     report,
@@ -57,7 +58,7 @@ def codes(splits: dict[str, Split], max_length: int = 100, **options) -> dict[tu
 def test_healthy_data_has_no_finding():
     assert codes(healthy()) == {}
     summary, _ = examine(healthy(), 100)
-    assert [split["languages"] for split in summary["splits"].values()] == [{"en": 3, "zh": 1}, {"zh": 1}, {"en": 1}]
+    assert [split["languages"] for split in summary["splits"].values()] == [{"en": 3, "mixed": 1}, {"zh": 1}, {"en": 1}]
 
 
 def test_rows_that_are_too_long():
@@ -183,7 +184,7 @@ def test_what_was_not_compared_is_told(monkeypatch):
 def test_personal_data_by_kind_with_rows_and_without_the_values():
     values = ["jo@example.com", "13812345678", "MW204518", "6200000000000005", "11010519491231002X"]
     rows = [dialogue(QUESTIONS[0]), dialogue(f"我是{values[0]}和{values[0]}，手机{values[1]}", f"订单{values[2]}"),
-            dialogue(f"卡{values[3]}"),
+            dialogue(f"卡{values[3]}", "We have blocked it."),
             {"messages": [{"role": "system", "content": f"身份证{values[4]}"}, *dialogue("在吗？")["messages"]]}]
     assert codes({"train": split(rows, 2)}) == {
         ("personal-email", "train"): ("warning", [3], 1), ("personal-phone", "train"): ("warning", [3], 1),
@@ -281,7 +282,30 @@ def test_labels_of_all_tasks():
     assert labels_of({"messages": turns}) == {"intent": ["a", "d"], "sentiment": ["b"], "action": ["c"]}
 
 
+@pytest.mark.parametrize("text, mix", [
+    ("Where is my order?", "en"), ("我的订单在哪里？", "zh"), ("我的iPhone 15 Pro什么时候能发货，请问能帮我查一下吗？", "zh"),
+    ("Please send it to 王 at the old address", "en"), ("Where is my order? 我的订单在哪里？", "mixed"),
+    ("Привет, где мой заказ?", "other"),
+    ("注文した商品はいつ届きますか", "other"), ("주문 어디에 있나요", "other"), ("12345 !?", "other"), ("👍", "other"),
+    ("Où est déjà le café", "en"),
+])
+def test_the_language_mix(text, mix):
+    assert language_mix(text) == mix
+
+
 # The terminal
+
+
+def test_a_histogram_of_one_row_of_equal_ones_and_on_a_narrow_screen():
+    assert bars(histogram([37])) == ["  35 - 39  1 " + "█" * 40]
+    assert bars(histogram([8] * 5)) == ["  8 - 8  5 " + "█" * 40]
+    assert bars(histogram([0, 0])) == ["  0 - 0  2 " + "█" * 40]
+    lengths = [random.Random(0).randint(1, 12_000) for _ in range(100)] + [90] * 123_456
+    assert max(map(len, bars(histogram(lengths), 40))) == 40 and max(map(len, bars(histogram(lengths), 10))) < 40
+    for columns in (40, 80):
+        summary, findings = examine(healthy() | {"dev": split([dialogue("Why?")])}, 100)
+        text = report(summary, findings, columns=columns)
+        assert max(len(line) for line in text.splitlines() if "█" in line) <= columns
 
 
 def test_the_report_of_the_bundled_dialogues():

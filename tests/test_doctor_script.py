@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DIALOGUES, ROOT, tiny_tokenizer
+from conftest import CHATML, DIALOGUES, ROOT, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -342,6 +342,65 @@ def test_a_template_that_refuses_some_dialogues(doctor, tiny, write_jsonl, tmp_p
     status, out = doctor("--data", path, "--model", folder, "--dev_fraction", 0.1, "--seed", 3)
     assert status == 2 and re.search(r"^(train|dev), row 5: .*No system turns", out, re.M)
     assert re.search(r"^error: 1 of \d dialogues in (train|dev) can't be trained on .*\(row 5\).*\[refused-row\]$", out, re.M)
+
+
+def with_template(tiny, folder, template: str):
+    """A copy of the tiny model with this chat template; its tokenizer has a first token."""
+    shutil.copytree(tiny("llama"), folder)
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.bos_token, tokenizer.chat_template = "<|endoftext|>", template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+BEGIN = CHATML.replace("{% for", "{{ bos_token }}{% for", 1)
+
+
+@pytest.mark.parametrize("template, complaint", [
+    (CHATML.replace("+ '<|im_end|>\n'", "+ ('<|im_end|>' if message['role'] == 'user' else '') + '\n'"), "does not end an assistant turn"),
+    (CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')"), "assistant's turn 2 exactly once"),
+    (CHATML.replace("message['content']", "message['content'].lower()"), "changes the text of turn 2"),
+])
+def test_templates_by_which_no_answer_could_be_learned(template, complaint, doctor, tiny, write_jsonl, tmp_path):
+    model, path = with_template(tiny, tmp_path / "model", template), write_jsonl(DIALOGUES)
+    with pytest.raises(UserError, match=complaint):
+        loaded({"data": [str(path)]}, model)
+    status, out = doctor("--data", path, "--model", model)
+    assert status == 2 and re.search(rf"^error: the training would stop: .*{complaint}.*\[stops\]$", out, re.M)
+
+
+@pytest.mark.parametrize("broken, complaint", [
+    ("+ ('' if message['role'] == 'assistant' and messages[0]['role'] == 'system' else '<|im_end|>') + '\n'",
+     "does not end an assistant turn"),
+    ("+ '<|im_end|>\n' + ('' if messages[0]['role'] != 'system' else message['content'] + '\n')", "exactly once"),
+])
+def test_dialogues_in_which_a_template_loses_the_answer_or_its_end(broken, complaint, doctor, tiny, write_jsonl, tmp_path):
+    model = with_template(tiny, tmp_path / "model", CHATML.replace("+ '<|im_end|>\n'", broken))
+    path = write_jsonl([*DIALOGUES[1:], DIALOGUES[0]])
+    status, out = doctor("--data", path, "--model", model)
+    assert status == 2 and re.search(rf"^(train|dev), row 4: .*{complaint}", out, re.M) and "[refused-row]" in out
+
+
+def test_a_first_token_that_stands_twice(doctor, tiny, write_jsonl, tmp_path):
+    once = with_template(tiny, tmp_path / "once", BEGIN)
+    twice = with_template(tiny, tmp_path / "twice", BEGIN.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"))
+    plain = with_template(tiny, tmp_path / "plain", "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    path = write_jsonl(DIALOGUES)
+    assert "[double-bos]" not in doctor("--data", path, "--model", once)[1]
+    status, out = doctor("--data", path, "--model", twice)
+    assert status == 0 and re.search(r"^warning: 3 rows in train begin with the first token twice \(rows ", out, re.M)
+    assert doctor("--data", path, "--model", twice, "--strict")[0] == 1
+    rows = [*DIALOGUES[1:], {"messages": [{"role": "user", "content": "<|endoftext|>Hi"}, {"role": "assistant", "content": "Yo"}]}]
+    status, out = doctor("--data", write_jsonl(rows), "--model", plain, "--dev_fraction", 0.1)
+    assert status == 0 and re.search(r"^warning: 1 rows in (train|dev) begin with the first token twice \(row 4\)", out, re.M)
+
+
+def test_how_the_assistants_turns_are_found_is_told(doctor, tiny, write_jsonl, tmp_path):
+    path, note = write_jsonl(DIALOGUES), "note: the chat template does not mark the assistant's turns ({% generation %})"
+    assert note in doctor("--data", path)[1]
+    marking = CHATML.replace("{{ '<|im_start|>' + message", "{% generation %}{% endgeneration %}{{ '<|im_start|>' + message")
+    assert note not in doctor("--data", path, "--model", with_template(tiny, tmp_path / "marking", marking))[1]
+    assert note not in doctor("--data", write_jsonl(LABELS), "--task", "classify")[1]
 
 
 def test_labels_that_train_does_not_have(doctor, write_jsonl, tmp_path):

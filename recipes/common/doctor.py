@@ -23,7 +23,8 @@ from recipes.common.pii import KINDS, ORDER_PATTERNS, find
 SEVERITIES = ("error", "warning", "info")
 RARE = 5    # a label in fewer rows of train is learned from next to nothing
 BARS = 10   # of a histogram, at most
-WIDTH = 40  # characters of the longest bar
+WIDTH = 40  # characters of the longest bar, on a screen that has room for it
+MINORITY = 0.25  # share of the smaller of two languages from which a row is mixed
 SHOWN = 10  # items of a list in the terminal; the summary has all
 LOOKED_AT = 100  # rows of a split that `brief` searches for personal data; libphonenumber takes a tenth of a tokenizer's time
 LOPSIDED = 0.9   # share of the rows with one label from which `brief` warns
@@ -57,6 +58,10 @@ REMEDIES = {
                     "--mask_pii OUT writes a copy with placeholders in their place"),
 }
 
+# Letters: Han characters, Latin ones, all others.
+_SCRIPTS = [re.compile(pattern) for pattern in (
+    r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+", r"[A-Za-z\u00c0-\u024f\uff21-\uff3a\uff41-\uff5a]+",
+    r"[^\W\d_A-Za-z\u00c0-\u024f\uff21-\uff3a\uff41-\uff5a\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # but for line end and tab
 _LABELS = ("label", "tags", "intent", "sentiment", "action")  # columns of a row, or keys of its turns
 _LEAKS = {"exact": "stand word for word in an earlier one", "near": "nearly stand in an earlier one", "id": "have an id of an earlier one"}
@@ -222,6 +227,18 @@ def labels_of(row: dict) -> dict[str, list[str]]:
     return found
 
 
+def language_mix(text: str) -> str:
+    """"en" (Latin letters), "zh", "mixed" if both have a good part of it, or "other": mostly other letters, or none.
+
+    As in metrics.detect_language, a Han character counts as four letters.
+    """
+    han, latin, others = (sum(map(len, pattern.findall(text))) for pattern in _SCRIPTS)
+    if others > 0.2 * (han + latin + others) or not han + latin:
+        return "other"  # kana among Han characters as well
+    share = 4 * han / (4 * han + latin)
+    return "zh" if share > 1 - MINORITY else "mixed" if share >= MINORITY else "en"
+
+
 def balance(rows: Sequence[dict]) -> dict[str, dict]:
     """For each column of labels: `counts` of each label, most frequent first; `entropy` in bits, and `most`, what it would be if all
     were equally frequent; the `rare` labels, those in fewer than `RARE` rows, with their number of rows."""
@@ -241,8 +258,8 @@ def balance(rows: Sequence[dict]) -> dict[str, dict]:
     }
 
 
-def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> str:
-    """The text for a terminal, of what `examine` returned. `colour`: severities in ANSI colours."""
+def report(summary: dict, findings: Sequence[Finding], colour: bool = False, columns: int = 80) -> str:
+    """The text for a terminal of so many `columns`, of what `examine` returned. `colour`: severities in ANSI colours."""
     lines = []
     for name, split in summary["splits"].items():
         tokens, duplicates = split["tokens"], split["duplicates"]
@@ -251,7 +268,7 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False) -> 
             f"{name}: {split['items']:,} {split['unit']}{several}, {tokens['total']:,} tokens, {tokens['supervised']:,} {split['trained']} "
             "trained on",
             f"  tokens of each: {tokens['shortest']:,} to {tokens['longest']:,}, median {tokens['median']:,g}, mean {tokens['mean']:,.1f}",
-            *bars(tokens["histogram"]),
+            *bars(tokens["histogram"], columns),
             f"  --max_length {summary['max_length']}: "
             + (f"{tokens['joined']}; fits in one: " if tokens["joined"] else
                f"{tokens['shortened']:,} shortened, {tokens['untrained']:,} with nothing trained on; kept whole ")
@@ -288,12 +305,16 @@ def verdict(findings: Sequence[Finding], colour: bool = False) -> list[str]:
     return [*lines, f"errors: {totals['error']}, warnings: {totals['warning']}, infos: {totals['info']}"]
 
 
-def bars(bins: Sequence[dict]) -> list[str]:
-    """Lines of a histogram, from the first bin with a row: from, to, rows and a bar. A bin that isn't empty shows at least a sliver."""
+def bars(bins: Sequence[dict], columns: int = 80) -> list[str]:
+    """Lines of a histogram, from the first bin with a row: from, to, rows and a bar. A bin that isn't empty shows at least a sliver.
+
+    No line has more than `columns` characters, if there is room for the figures and a short bar.
+    """
     bins = bins[next(i for i, bin in enumerate(bins) if bin["rows"]):]
     most = max(bin["rows"] for bin in bins)
     edge, figure = len(f"{bins[-1]['to']:,}"), len(f"{most:,}")
-    return [f"  {bin['from']:>{edge},} - {bin['to']:>{edge},}  {bin['rows']:>{figure},} {_bar(bin['rows'], most)}".rstrip()
+    room = min(WIDTH, max(4, columns - (2 + edge + 3 + edge + 2 + figure + 1)))
+    return [f"  {bin['from']:>{edge},} - {bin['to']:>{edge},}  {bin['rows']:>{figure},} {_bar(bin['rows'], most, room)}".rstrip()
             for bin in bins]
 
 
@@ -438,10 +459,12 @@ def _check_conflicts(name: str, split: Split) -> tuple[int, list[Finding]]:
 
 
 def _check_languages(name: str, split: Split) -> tuple[dict, list[Finding]]:
-    detected = [detect_language(row_text(row)) for row in split.rows]
-    figures, findings = dict(sorted(Counter(detected).items())), []
-    wrong = [number for number, row, language in zip(split.numbers, split.rows, detected, strict=True)
-             if row.get("language") in ("en", "zh") and row["language"] != language]
+    figures, wrong, findings = Counter(), [], []
+    for number, row in zip(split.numbers, split.rows, strict=True):
+        text = row_text(row)
+        figures[language_mix(text)] += 1
+        wrong += [number] if row.get("language") in ("en", "zh") and row["language"] != detect_language(text) else []
+    figures = dict(sorted(figures.items()))
     if wrong:
         findings.append(Finding("warning", "language", (
             f'{len(wrong)} rows in {name} have a "language" that their text is not in'), wrong, len(wrong), name))
@@ -514,6 +537,6 @@ def _listed(items: Sequence, shown: int = SHOWN) -> str:
     return ", ".join(map(str, items[:shown])) + more
 
 
-def _bar(value: int, most: int) -> str:
-    eighths = max(round(8 * WIDTH * value / most), bool(value))
+def _bar(value: int, most: int, room: int) -> str:
+    eighths = max(round(8 * room * value / most), bool(value))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

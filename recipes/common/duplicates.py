@@ -28,6 +28,7 @@ _SEED = 42
 _CHUNK = 1024         # texts whose shingles are in memory at once
 
 # Runs of what is written without spaces (radicals, kana, ideographs, hangul), and of everything else.
+_DIGITS = re.compile(r"[0-9]+")
 _RUNS = re.compile("([\u2e80-\u2fff\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+)")
 
 
@@ -79,10 +80,11 @@ def shingles(text: str) -> set[str]:
     """The pieces by which texts are compared: of Han and other CJK runs every 2 characters in a row, of all else every 5.
 
     Two Han characters are about a word, as five letters are; three would make a short Chinese sentence with one changed character
-    look like another. Case, full and half width, and the number of blanks make no difference. A run that is shorter is one piece.
+    look like another. Case, full and half width, the number of blanks, and which number it is make no difference: a question about
+    another order is nearly the same question. A run that is shorter is one piece.
     """
     pieces = set()
-    for position, run in enumerate(_RUNS.split(_normal(text))):
+    for position, run in enumerate(_RUNS.split(_DIGITS.sub("0", _normal(text)))):
         size = 2 if position % 2 else 5
         pieces |= {run[i:i + size] for i in range(max(1, len(run) - size + 1))}
     return pieces - {"", " "}
