@@ -314,6 +314,38 @@ OTHER = {"html": b"<html>404</html>", "empty": b"", "other archive": zipped({"el
          "broken gzip": b"\x1f\x8b\x08broken"}
 
 
+def changed(name, *bytes_at):
+    """The sample of a set, a zip archive, with a byte changed after each of its entries' marks."""
+    raw = bytearray(FILES[name][1]())
+    for mark, offset, byte in bytes_at:
+        at = raw.find(mark)
+        while at >= 0:
+            raw[at + offset] = byte
+            at = raw.find(mark, at + 4)
+    return bytes(raw)
+
+
+def every_part(row):
+    return json.dumps({key: [row] for part in ("train", "val", "test") for key in (part, f"oos_{part}")}).encode()
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("e2e_nlg", lambda: changed("e2e_nlg", (b"PK\x01\x02", 8, 1), (b"PK\x03\x04", 6, 1)), "is encrypted"),
+    ("e2e_nlg", lambda: changed("e2e_nlg", (b"PK\x01\x02", 10, 99), (b"PK\x03\x04", 8, 99)), "compression method is not supported"),
+    ("e2e_nlg", lambda: FILES["e2e_nlg"][1]()[200:], "OSError"),
+    ("clinc150", lambda: b"[" * 10**5, "RecursionError"),
+    ("clinc150", lambda: every_part([5, "a"]), r"no row keeps the column contract \(text is no text\)"),
+    ("clinc150", lambda: every_part(["\ud800", "a"]), r"no row keeps the column contract \(text is no text\)"),
+])
+def test_a_file_of_another_kind_within_is_refused(name, content, said, tmp_path):
+    file = tmp_path / FILES[name][0]
+    file.write_bytes(content())
+    result = call(name, "--from", file, "--out", tmp_path / "out")
+    refused(result)
+    assert re.search(said, result[2]), result[2]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
 @pytest.mark.parametrize(("name", "content"), [(name, "html") for name in SCRIPTS] + [
     (name, content) for name in ("e2e_nlg", "crosswoz", "bitext", "clinc150", "sentiment_zh") for content in OTHER if content != "html"])
 def test_another_file_is_refused(name, content, tmp_path):

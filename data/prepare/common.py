@@ -5,7 +5,6 @@ A script states its licence and source and has one function, `convert(path)`, fr
 
 import argparse
 import csv
-import gzip
 import hashlib
 import http.client
 import io
@@ -28,11 +27,13 @@ from yaml import YAMLError
 from recipes.common import args, errors
 from recipes.common.data import check_dialogue
 from recipes.common.errors import UserError
+from recipes.common.shapes import half_a_character
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 10  # seconds a server may stay silent
 SPLITS = ("train", "dev", "test")
-BROKEN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile)
+# RuntimeError: zipfile on a password or an unknown compression, json on endless brackets. OSError: zipfile on an offset before the file.
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, csv.Error, YAMLError)
 
 
 def prepare(doc: str, licence: str, source: str, convert: Callable[[Path], dict[str, list[dict]]]) -> None:
@@ -56,7 +57,7 @@ def prepare(doc: str, licence: str, source: str, convert: Callable[[Path], dict[
         path = Path(options.file) if options.file else fetch(source, Path(work))
         try:
             splits = convert(path)
-        except (UserError, KeyError, ValueError, TypeError, AttributeError, csv.Error, YAMLError, *BROKEN_ARCHIVE) as error:
+        except (UserError, LookupError, ValueError, TypeError, AttributeError, *BROKEN) as error:
             why = " ".join(f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}".split())[:200]
             raise UserError(f"{path} does not hold what {source} should ({why}): fetch it again, or pass a sound copy with --from FILE"
                             ) from error
@@ -152,8 +153,13 @@ def wrong(row: dict) -> str | None:
     if "tokens" in row:
         same = len(row["tokens"]) == len(row["tags"]) > 0
         return None if same and all(row["tokens"]) else "tokens and tags are not of one length, or a token is empty"
-    return next((f"{name} is empty" for name in ("text", "label", "source", "target") if name in row and not (row[name] or "").strip()),
-                None)
+    for name in ("text", "label", "source", "target"):
+        value = row.get(name, "-") or ""
+        if not isinstance(value, str) or half_a_character(value):
+            return f"{name} is no text"
+        if not value.strip():
+            return f"{name} is empty"
+    return None
 
 
 def write(out: Path, splits: dict[str, list[dict]], origin: list[str]) -> None:
