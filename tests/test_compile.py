@@ -91,6 +91,7 @@ def test_blocks_and_lengths_share_what_was_compiled():
     with compilation.compiled_blocks(losses.network(model), arguments(torch_compile_backend="eager")), compilation.running():
         step(model, 3, 18, 4)
         first = graphs()
+        assert first <= 7  # 2 or 4 blocks have as many
         for rows, length, padding in ((2, 30, 3), (5, 11, 2)):
             step(model, rows, length, padding)
         assert graphs() == first

@@ -34,8 +34,8 @@ def speed_up(model):
 
 
 class FusedLinear(Linear):
-    """PEFT's LoRA layer with the fused forward: x (..., inputs) -> (..., outputs). `speed_up` makes a layer one by changing its class, as
-    another forward on the instance would be hidden from torch.compile."""
+    """PEFT's LoRA layer with the fused forward: x (..., inputs) -> (..., outputs). `speed_up` makes a layer one by changing its class:
+    with a forward of each instance's own, torch.compile would compile every block anew."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or self.disable_adapters or self.merged or not _plain(self):
