@@ -106,6 +106,7 @@ def main():
     options, flags = parse()
     plan = check(options, flags)
     out = Path(options.output_dir)
+    language = options.language or language_before(out)
     begin(out, plan)
     grid, chosen = choose(plan, out)
     wanted = [Run(system, seed, settings, share) for system, settings in chosen.items() for share in plan.fractions
@@ -120,7 +121,7 @@ def main():
     record = collect(plan, chosen, grid, results, base_with, out)
     from recipes.common import comparison, report, runs
 
-    record["report_language"] = options.language or language_before(out)
+    record["report_language"] = language
     record = redacted(record)
     runs.write_json(out / "compare.json", record)
     (out / "compare.md").write_text(comparison.markdown(record), encoding="utf-8")
@@ -130,9 +131,14 @@ def main():
 
 
 def language_before(out: Path) -> str:
-    """The language of the report that stands in OUT, which scripts/report.py may have chosen; "en" where there is none."""
+    """The language of the report in OUT, which scripts/report.py may have chosen; "en" where there is none. Raises `UserError`."""
     path = out / "compare.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("report_language", "en") if path.is_file() else "en"
+    if not path.is_file():
+        return "en"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("report_language", "en")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it; the runs are kept") from error
 
 
 def parse(argv: list[str] | None = None):

@@ -524,6 +524,13 @@ def test_a_folder_of_other_things_and_a_file_that_is_no_recipe_are_refused(tiny,
         refused(test_cli.call("scripts/compare.py", "--recipes", tmp_path / "mine.py", "--output_dir", tmp_path / "new"), part)
 
 
+def test_a_damaged_record_is_told_before_anything_is_trained(tmp_path):
+    (tmp_path / "compare.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="compare.json is damaged .*: delete it; the runs are kept"):
+        compare.language_before(tmp_path)
+    assert compare.language_before(tmp_path / "new") == "en"
+
+
 def test_seeds_need_the_same_held_out_rows(tiny, write_jsonl, tmp_path):
     path = write_jsonl(DIALOGUES)
     refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--seeds", "2", "--output_dir",
