@@ -240,6 +240,13 @@ def test_replay_needs_a_share(words, tiny, data, tmp_path):
         run_recipe("full", tiny("gpt2"), data["first"], tmp_path / "run", *words, *SHORT)
 
 
+def test_rows_that_are_trained_on_anyway_are_not_replayed(tiny, tmp_path, write_jsonl):
+    file = write_jsonl(ROWS, "rows.jsonl")
+    with pytest.raises(UserError, match="--replay .* holds the rows of --data"):
+        run_recipe("full", tiny("bert"), file, tmp_path / "run", "--task", "classify", "--replay", f"{file}:0.25", *SHORT)
+    assert not (tmp_path / "run").exists()
+
+
 def test_max_train_samples_counts_the_mixture_and_keeps_its_shares(tiny, tmp_path, write_jsonl):
     """The first N rows would be new ones only."""
     old, new = write_jsonl(DIALOGUES * 5, "old.jsonl"), write_jsonl(DIALOGUES[:2] * 8, "new.jsonl")

@@ -333,6 +333,8 @@ def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, see
     """
     if not old.share:
         return {}
+    if pool.sha256 == train.sha256:
+        raise UserError(f"--replay {old.name} holds the rows of --data, which would only stand there twice: name old or general rows")
     if limit:
         train.rows = train.rows[: max(1, round((1 - old.share) * limit))]
     wanted = round(old.share / (1 - old.share) * len(train.rows))
