@@ -48,23 +48,23 @@ def main():
     from recipes.common import runs, tasks  # after the command line is understood: these import torch
     from recipes.common.trainer import RecipeTrainer
 
-    runs.start(shared, method, training)
-    task = tasks.load(shared, method, training)
-    model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
-    trainer = RecipeTrainer(
-        model=model,
-        args=training,
-        task=task,
-        shared=shared,
-        method=method,
-        train_dataset=task.train,
-        eval_dataset=task.dev,
-        data_collator=task.collate,
-        processing_class=task.tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=runs.checkpoint(training))
-    runs.finish(trainer, task, shared, method)
+    with runs.start(shared, method, training):
+        task = tasks.load(shared, method, training)
+        model, callbacks = adapt(task.load_model(method.load_in_4bit), task, method, training)
+        trainer = RecipeTrainer(
+            model=model,
+            args=training,
+            task=task,
+            shared=shared,
+            method=method,
+            train_dataset=task.train,
+            eval_dataset=task.dev,
+            data_collator=task.collate,
+            processing_class=task.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=runs.checkpoint(training))
+        runs.finish(trainer, task, shared, method)
 
 
 if __name__ == "__main__":

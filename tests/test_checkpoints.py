@@ -140,19 +140,34 @@ def test_the_last_and_the_best_checkpoint_are_never_deleted(make):
 def test_a_changed_argument_is_refused_unless_it_is_allowed(make):
     before = {"rank": 8, "rows": {"train": {"sha256": "a"}}}
     folder, now = make(2, before), {"rank": 16, "rows": {"train": {"sha256": "b"}}}
-    assert checkpoints.check_unchanged(folder, before, None) == []
+    assert checkpoints.check_unchanged(folder, before, None) == {}
     for allowed, named in ((None, "rank was 8, now 16, and 1 more"), ("rank", "the train data are others")):
         with pytest.raises(UserError, match=f"{named}.*--allow_changed rank,rows"):
             checkpoints.check_unchanged(folder, now, allowed)
-    assert checkpoints.check_unchanged(folder, now, "rows,rank") == ["rank was 8, now 16", "the train data are others"]
+    assert checkpoints.check_unchanged(folder, now, "rows,rank") == {"rank": "rank was 8, now 16", "rows": "the train data are others"}
     with pytest.raises(UserError, match="--allow_changed rnak: no argument"):
         checkpoints.check_unchanged(folder, now, "rnak")
 
 
 def test_a_checkpoint_without_optimizer_is_no_place_to_go_on_from(make):
-    folder = make(2, {"save_only_model": True})
-    with pytest.raises(UserError, match="checkpoint-2 was written with --save_only_model"):
-        checkpoints.check_unchanged(folder, {"save_only_model": True}, None)
+    first, second = make(2), make(4, place=False)
+    (second / "optimizer.pt").unlink()
+    second = checkpoints.put_in_place(second, first.parent, {})
+    newest, [sentence] = checkpoints.newest(first.parent)
+    assert newest == first and "checkpoint-4 is passed over: it was written with --save_only_model" in sentence
+    make(6)
+    checkpoints.rotate(first.parent, 1, None)
+    assert checkpoints.found_in(first.parent) == [first.parent / "checkpoint-6"]
+
+
+def test_the_last_checkpoint_with_an_optimizer_is_never_deleted(make):
+    first = make(2)
+    for step in (4, 6):
+        staged = make(step, place=False)
+        (staged / "optimizer.pt").unlink()
+        checkpoints.put_in_place(staged, first.parent, {})
+    checkpoints.rotate(first.parent, 1, None)
+    assert checkpoints.found_in(first.parent) == [first.parent / "checkpoint-6", first]
 
 
 # Whole runs
@@ -267,7 +282,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(through, tiny, data, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [checkpoints.LIVES, "checkpoint-2"]
     run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--resume_from_checkpoint")
     assert same_end(tmp_path / "run", through)
 

@@ -528,7 +528,11 @@ def test_a_run_from_scratch_resumes_exactly_and_with_its_own_sizes(tiny, folder,
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny, folder, tmp_path):
     (tmp_path / "run" / "start").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds files that are no run's"):
+    for flags in ((), ("--from_scratch",)):  # a folder of that name may be anyone's
+        with pytest.raises(UserError, match="holds files that are no run's .start."):
+            run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, *flags, "--max_steps", "1")
+    (tmp_path / "run" / "start" / scratch.ASKED).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="holds files that are no run's .start."):
         run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--max_steps", "1")
     run_recipe("full", tiny("gpt2"), folder, tmp_path / "run", *PLAIN, "--from_scratch", "--max_steps", "1")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "start")) == len(AutoTokenizer.from_pretrained(tiny("gpt2")))

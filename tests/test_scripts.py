@@ -23,7 +23,7 @@ HOSTILE = '<script>alert("&amp;")</script><img src=x onerror=alert(1)>'
 
 # Everything that DESIGN's "run folder" asks run.json for, and what else makes a run repeatable.
 FIELDS = {"recipe", "task", "model", "command", "finished", "data", "trainable_parameters", "total_parameters", "steps", "seconds",
-          "tokens", "tokens_per_second", "padding_share", "peak_memory_mb", "best_checkpoint", "metrics", "method_arguments",
+          "resumes", "tokens", "tokens_per_second", "padding_share", "peak_memory_mb", "best_checkpoint", "metrics", "method_arguments",
           "shared_arguments", "training_arguments", "versions", "hardware", "history"}
 
 
@@ -122,6 +122,7 @@ def test_resume_alone_continues_the_newest_checkpoint(trained, tmp_path, run):
     record = read(run)
     words = shlex.split(record["command"])[2:]
     words[words.index("--output_dir") + 1] = str(run)
+    (run / "run.json").unlink()  # as if it was killed before its end
     words[words.index("--num_train_epochs") + 1] = "3"
     refused = call("recipes/lora.py", *words, "--resume_from_checkpoint")
     assert refused.code == 1 and re.search(r"num_train_epochs was 2.0, now 3.0\).*--allow_changed num_train_epochs", refused.err)
@@ -129,6 +130,34 @@ def test_resume_alone_continues_the_newest_checkpoint(trained, tmp_path, run):
     assert result.code == 0, result.err
     assert f"resuming from {run / 'checkpoint-4'}" in result.out
     assert read(run)["steps"] == 6
+
+
+def test_a_finished_run_is_left_alone_and_trained_further_elsewhere(run, tmp_path):
+    words = shlex.split(read(run)["command"])[2:]
+    words[words.index("--output_dir") + 1] = str(run)
+    assert call("scripts/evaluate.py", "--run", run, "--split", "test", "--limit", "1", "--max_new_tokens", "4").code == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = call("recipes/lora.py", *words, "--resume_from_checkpoint")
+    assert result.code == 0 and result.out.splitlines()[-1] == f"{run}: finished at step 4; nothing to do"
+    words[words.index("--num_train_epochs") + 1] = "3"
+    last = run / "checkpoint-4"
+    on = ("--resume_from_checkpoint", str(last), "--allow_changed", "num_train_epochs")
+    result = call("recipes/lora.py", *words, "--resume_from_checkpoint")
+    refused(result, f"{run} holds a finished run with other settings (num_train_epochs was 2.0, now 3.0)", f"{shlex.join(on)}")
+    refused(call("recipes/full.py", *words, "--resume_from_checkpoint"), f"{run} holds a finished run", "(recipe was lora, now full")
+    words[words.index("--output_dir") + 1] = str(tmp_path / "on")
+    result = call("recipes/lora.py", *words, *on)
+    assert result.code == 0 and read(tmp_path / "on")["steps"] == 6, result.err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_run_json_of_another_program_is_refused(run):
+    words = shlex.split(read(run)["command"])[2:]
+    words[words.index("--output_dir") + 1] = str(run)
+    for text in ("{}", "[1]", "?"):
+        (run / "run.json").write_text(text, encoding="utf-8")
+        refused(call("recipes/lora.py", *words, "--resume_from_checkpoint"), f"{run}: its run.json is no finished run's")
+        assert (run / "run.json").read_text(encoding="utf-8") == text
 
 
 def test_accelerate_launch_is_the_documented_way(tiny, shop, tmp_path):

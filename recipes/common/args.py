@@ -422,6 +422,8 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
                       ("restore_callback_states_from_checkpoint", "a resume restores them by itself")):
         if getattr(training, name):
             raise UserError(f"--{name}: {why}; leave it out")
+    if training.save_only_model and shared.on_nan == "rollback":
+        raise UserError("--on_nan rollback goes back to a checkpoint's optimizer, and --save_only_model keeps none: leave one of them out")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.streaming:

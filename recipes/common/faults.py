@@ -12,6 +12,7 @@ import signal
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,10 @@ class Watch(TrainerCallback, ExportableState):
         self.broken_in_a_row = 0
         self.unlogged: list | None = None  # loss summed since the last line of the log, and the step of that line
         self.signal = None
+        self.lives = 0  # of the run so far, this one included
+        self.seconds, self.begun = 0.0, None  # of training in earlier lives; when this one began
+        self.padded = self.positions = 0  # that were run in training, by this process
+        self.rolled_back_to: str | None = None  # since the last step whose numbers were whole
         self.started = self.stopping = self.save_at_epoch_end = False
         self.seen: list[dict] = []  # the micro-batches of this step so far
         self.seen_losses: list[torch.Tensor] = []
@@ -51,8 +56,10 @@ class Watch(TrainerCallback, ExportableState):
         """What a checkpoint keeps."""
         if self.started:  # the Trainer also asks before it trains
             self.unlogged = [self.trainer._tr_loss.item(), self.trainer._globalstep_last_logged]
-        names = ("events", "losses", "rows_at_once", "eval_rows_at_once", "broken_in_a_row", "unlogged")
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+        names = ("events", "losses", "rows_at_once", "eval_rows_at_once", "broken_in_a_row", "unlogged", "lives", "padded", "positions",
+                 "rolled_back_to")
+        seconds = self.seconds + (time.monotonic() - self.begun if self.begun else 0)
+        return {"args": {}, "attributes": {"seconds": seconds, **{name: getattr(self, name) for name in names}}}
 
     def tell(self, sentence: str) -> None:
         """Print what happened and keep it for run.json."""
@@ -66,6 +73,9 @@ class Watch(TrainerCallback, ExportableState):
             self.trainer._tr_loss += self.unlogged[0]
             self.trainer._total_loss_scalar -= self.unlogged[0]  # the train_loss at the end is a mean over the steps since the resume
             self.trainer._globalstep_last_logged = self.unlogged[1]
+        if args.process_index == 0 and self.trainer.hp_search_backend is None:
+            with checkpoints.failure_told(Path(args.output_dir) / checkpoints.LIVES, Path(args.output_dir), self.trainer.came_from):
+                self.lives = checkpoints.count_life(Path(args.output_dir), self.lives, fresh=not args.resume_from_checkpoint)
         self.started = True
 
     # Signals
@@ -194,7 +204,7 @@ class Watch(TrainerCallback, ExportableState):
         if self.broken is None and not self.trainer.args.fp16 and not math.isfinite(float(gradient_norm)):
             self.broken = f"the norm of the gradient is {float(gradient_norm)}", self.seen
         if not self._anywhere(self.broken is not None):
-            self.broken_in_a_row = 0
+            self.broken_in_a_row, self.rolled_back_to = 0, None
             self._watch_for_spikes(sum(losses))
             return gradient_norm
         what, batches = self.broken or ("loss or gradient is broken in another process", [])
@@ -208,21 +218,26 @@ class Watch(TrainerCallback, ExportableState):
         self.tell(sentence + "the step is left out")
         return gradient_norm
 
-    def _stop(self):
+    def _stop(self, why: str = ""):
         what, batches = self.broken or ("loss or gradient is broken in another process", [])
-        last = checkpoints.newest(Path(self.trainer.args.output_dir))[0]
+        folder, step = Path(self.trainer.args.output_dir), self.trainer.state.global_step
+        last = checkpoints.last_whole(folder, self.trainer.came_from, up_to=step)
         rest = f"{last} is the last whole checkpoint" if last else "no checkpoint was written yet"
-        many = f" ({GIVE_UP} steps in a row were broken)" if self.broken_in_a_row >= GIVE_UP else ""
+        many = f" ({GIVE_UP} steps in a row were broken)" if self.broken_in_a_row >= GIVE_UP else why
         raise UserError(
-            f"step {self.trainer.state.global_step + 1}: {what} on {self._rows(batches)}{many}; look at these rows, lower --learning_rate, "
+            f"step {step + 1}: {what} on {self._rows(batches)}{many}; look at these rows, lower --learning_rate, "
             f"or leave such steps out with --on_nan skip; {rest}")
 
     def _roll_back(self) -> str:
-        """Set weights and optimizer back to the newest whole checkpoint; the data and the schedule of the learning rate go on."""
+        """Set weights and optimizer back to the newest whole checkpoint of a step before this one; the data and the schedule of the
+        learning rate go on. Where the next step is broken too, the checkpoint is no help, and the run ends."""
         trainer = self.trainer
-        checkpoint = checkpoints.newest(Path(trainer.args.output_dir))[0]
+        checkpoint = checkpoints.last_whole(Path(trainer.args.output_dir), trainer.came_from, up_to=trainer.state.global_step)
         if checkpoint is None:
-            self._stop()
+            self._stop(" (and there is no checkpoint to go back to)")
+        if self.rolled_back_to:
+            self._stop(f" (the step before was broken too, and after it the run went back to {self.rolled_back_to})")
+        self.rolled_back_to = str(checkpoint)
         schedule = trainer.lr_scheduler.state_dict()
         trainer._load_from_checkpoint(str(checkpoint))
         trainer._load_optimizer_and_scheduler(str(checkpoint))

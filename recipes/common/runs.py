@@ -1,5 +1,6 @@
 """The run folder: refused if it holds another run, filled with the model, run.json and report.html when training is done."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import enable_full_determinism, set_seed
 
-from recipes.common import checkpoints, model_card, report
+from recipes.common import checkpoints, model_card, report, run_folder
 from recipes.common.errors import UserError
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
@@ -26,29 +27,33 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.I)
 SECRET = re.compile(r"(--\w*_token[= ]|://[^/\s:@]+:(?=[^/\s@]+@))[^\s@]+"
                     r"|\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16})")
+REPORTS = ("MODEL_CARD.md", "report.html")
 SPEED = ("_runtime", "_per_second")  # what the Trainer adds to the scores of an evaluation
 
 
-def start(shared, method, training) -> None:
-    """Seed everything and refuse an output folder that holds another run. Writes nothing."""
-    folder = Path(training.output_dir)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+def start(shared, method, training) -> contextlib.ExitStack:
+    """Seed everything, and take the output folder for this run alone until the returned context ends. Raises `UserError` if it holds
+    another run or is written by one; ends the program if its run is finished. Leaves nothing behind where nothing was written."""
+    folder, asked = Path(training.output_dir), training.resume_from_checkpoint
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file: name a folder")
-    try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
-    asked = training.resume_from_checkpoint
-    if asked and asked.lower() != "true" and (wrong := checkpoints.fault(Path(asked))):
+        raise UserError(f"--output_dir {folder}: {existing} is {'a file' if existing.exists() else 'a link to nothing'}: name a folder")
+    if asked:
+        _leave_finished(folder, shared, method, training)
+    named = Path(asked) if asked and asked.lower() != "true" else None
+    if named and (wrong := checkpoints.fault(named) or checkpoints.without_optimizer(named)):
         raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; --resume_from_checkpoint alone takes the newest whole one")
-    if not asked and ((folder / "run.json").exists() or any(folder.glob("checkpoint-*")) or (folder / checkpoints.STAGE).exists()):
-        raise UserError(f"--output_dir {folder} holds another run: choose a new name (with make: OUT=runs/NAME), "
-                        "or continue it with --resume_from_checkpoint")
-    # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint; from scratch, "start" as well.
-    left = {"runs", "start"} if shared.from_scratch else {"runs"}
-    if not asked and folder.is_dir() and any(path.name not in left for path in folder.iterdir()):
-        raise UserError(f"--output_dir {folder} holds files that are no run's, which could be overwritten: name a new folder")
+    with contextlib.ExitStack() as stack:
+        if training.process_index == 0:
+            try:
+                tempfile.TemporaryDirectory(dir=existing).cleanup()
+                stack.enter_context(run_folder.locked(folder))
+            except OSError as error:
+                raise UserError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
+        run_folder.check(folder, named, bool(asked), shared.from_scratch)
+        if training.world_size > 1:
+            torch.distributed.barrier()  # nothing is written before all have looked
+        held = stack.pop_all()
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
     _use_all_cores(training)
     if training.process_index == 0:
@@ -57,6 +62,36 @@ def start(shared, method, training) -> None:
         if shared.tokens_per_step:
             step = f"{shared.tokens_per_step} tokens"
         print(f"{Path(sys.argv[0]).stem}: {precision} on {training.device}, {step} a step, run folder {folder}")
+    return held
+
+
+def _leave_finished(folder: Path, shared, method, training) -> None:
+    """End the program in good order if the run of `folder` is finished. Raises `UserError` if that was another run than is asked for."""
+    path = folder / "run.json"
+    if not path.exists():
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before = {"recipe": record["recipe"]} | record["shared_arguments"] | record["method_arguments"] | record["training_arguments"]
+        steps = record["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--output_dir {folder}: its run.json is no finished run's, or damaged: name a new folder") from None
+    now = {"recipe": Path(sys.argv[0]).stem} | asdict(shared) | asdict(method) | training.to_dict()
+    now = json.loads(json.dumps(visible(without_secrets(now)), default=str))
+    # What is only known, or was not yet known, when the rows are read.
+    known = before.keys() & now.keys() - {name for name, by in (("max_length", shared.max_length is None), ("model", shared.start_from),
+                                          ("num_train_epochs", shared.max_tokens), ("per_device_train_batch_size", shared.tokens_per_step))
+                                          if by}
+    if changed := checkpoints.differences(*({name: of[name] for name in known} for of in (before, now))):
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        last = checkpoints.newest(folder)[0]
+        on = f", or train it further there with --resume_from_checkpoint {last} --allow_changed {','.join(changed)}" if last else ""
+        raise UserError(f"--output_dir {folder} holds a finished run with other settings ({next(iter(changed.values()))}{more}): "
+                        f"name a new folder{on}")
+    if training.process_index == 0:
+        print(f"{folder}: finished at step {steps}; nothing to do" + ("" if training.resume_from_checkpoint.lower() == "true" else
+              f" (to go on from {training.resume_from_checkpoint}, name a new --output_dir)"))
+    sys.exit(0)
 
 
 def _use_all_cores(training) -> None:
@@ -84,18 +119,23 @@ def steps(rows: int, training, an_epoch: int | None = None) -> int:
 
 
 def checkpoint(training) -> str | None:
-    """The checkpoint to resume from: the one named, or the newest of the run folder; None to start at the beginning."""
+    """The checkpoint to resume from: the one named, or the newest of the run folder; None to start at the beginning. Raises `UserError`."""
     asked = training.resume_from_checkpoint
     if not asked:
         return None
-    folder, named = Path(training.output_dir), asked.lower() != "true"
+    folder, named = Path(training.output_dir), None if asked.lower() == "true" else Path(asked)
     with training.main_process_first(desc="looking for a checkpoint"):  # it also clears away what others would see half of
         notes = checkpoints.tidy(folder) if training.process_index == 0 else []
-        newest, passed_over = (Path(asked), []) if named else checkpoints.newest(folder)
+        if named and named.resolve().parent != folder.resolve() and run_folder.continues(folder, named):
+            notes, named = [*notes, f"{folder} went on from {named} already"], None
+        newest, passed_over = (named, []) if named else checkpoints.newest(folder)
     if training.process_index == 0:
         for note in notes + passed_over:
             print(f"note: {note}")
         print(f"resuming from {newest}" if newest else f"{training.output_dir} holds no whole checkpoint: starting at step 0")
+    if newest is None and any(checkpoints.fault(path) is None for path in checkpoints.found_in(folder)):
+        raise UserError(f"--output_dir {folder}: its checkpoints were written with --save_only_model, so they hold no optimizer to go on "
+                        "with: train under a new name")
     return str(newest) if newest else None
 
 
@@ -103,15 +143,21 @@ def finish(trainer, task, shared, method) -> None:
     """Score the dev rows with the final model, save it, write run.json and report.html, and say what to do next."""
     metrics = trainer.evaluate()
     training = trainer.args
-    with checkpoints.failure_told(Path(training.output_dir) / "model", Path(training.output_dir)):
-        trainer.save_model()
+    folder = Path(training.output_dir)
+    staged = folder / checkpoints.STAGE / "model"
+    with checkpoints.failure_told(folder / "model", folder, trainer.came_from):
+        trainer.save_model(str(staged), _internal_call=True)
+        if trainer.is_world_process_zero():
+            if task.generation:
+                task.generation.save_pretrained(staged)
+            checkpoints.publish(staged, folder)
+    if training.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=training.hub_revision)
     if not trainer.is_world_process_zero():
         return
-    folder = Path(training.output_dir)
-    if task.generation:
-        task.generation.save_pretrained(folder)
     history = trainer.state.log_history
-    seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    # Those of all lives of the run, like the tokens; what a life did after its last checkpoint is in neither, as it was done again.
+    seconds = trainer.watch.seconds + next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     parameters = list(trainer.model.parameters())
     record = {
         "recipe": Path(sys.argv[0]).stem,
@@ -124,6 +170,7 @@ def finish(trainer, task, shared, method) -> None:
         "total_parameters": sum(map(numbers_in, parameters)),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
+        "resumes": trainer.watch.lives - 1,
         "tokens": trainer.state.num_input_tokens_seen,
         "tokens_per_second": round(trainer.state.num_input_tokens_seen / seconds, 1),
         "padding_share": round(trainer.padding_share, 4),
@@ -143,10 +190,15 @@ def finish(trainer, task, shared, method) -> None:
     }
     if task.name == "pretrain":
         record["flops"] = flops(record["tokens"], record["trainable_parameters"], record["total_parameters"])
-    with checkpoints.failure_told(folder / "run.json", folder):
+    with checkpoints.failure_told(folder / "run.json", folder, trainer.came_from):
+        for name in REPORTS:
+            if os.path.lexists(folder / name):
+                checkpoints.set_aside(folder / name)
         write(folder, record)
+        (folder / checkpoints.LIVES).unlink(missing_ok=True)
     trained, total = record["trainable_parameters"], record["total_parameters"]
-    print(f"\n{record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:.0f} tokens/s, "
+    lives = f" (in {trainer.watch.lives} lives)" if trainer.watch.lives > 1 else ""
+    print(f"\n{record['steps']} steps in {seconds:.0f} s{lives}, {record['tokens_per_second']:.0f} tokens/s, "
           f"{100 * record['padding_share']:.1f} % padding, peak memory {record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} "
           f"parameters trained ({100 * trained / total:.2f} %)")
     print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))
@@ -179,20 +231,19 @@ def numbers_in(parameter) -> int:
 
 
 def write(folder: Path, record: dict) -> None:
-    """Write run.json, whole or not at all, and the report and the model card that are made from it. NaN stays visible, as a string;
-    secrets don't."""
+    """Write the report and the model card that are made from `record`, and last run.json itself, each whole or not at all: a run folder
+    with a run.json is complete. NaN stays visible, as a string; secrets don't."""
     record = without_secrets(record)
-    write_json(folder / "run.json", record)
     library = "peft" if (folder / "adapter_config.json").is_file() else "transformers"
-    (folder / "MODEL_CARD.md").write_text(model_card.render(visible(record), library), encoding="utf-8")
-    (folder / "report.html").write_text(report.render(record, record.get("report_language", "en")), encoding="utf-8")
+    texts = model_card.render(visible(record), library), report.render(record, record.get("report_language", "en"))
+    for name, text in zip(REPORTS, texts, strict=True):
+        checkpoints.write(folder / name, text)
+    write_json(folder / "run.json", record)
 
 
 def write_json(path: Path, record: dict) -> None:
     """Write `record` to `path`, whole or not at all. NaN and infinities become strings."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    checkpoints.write(path, json.dumps(visible(record), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def command(world_size: int = 1) -> str:

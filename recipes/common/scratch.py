@@ -8,7 +8,6 @@ import difflib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from recipes.common import models
+from recipes.common import checkpoints, models
 from recipes.common.errors import UserError
 
 ASKED = "from_scratch.json"
@@ -56,14 +55,14 @@ def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) 
     if shared.max_length and window and shared.max_length > window:
         raise UserError(f"--max_length {shared.max_length} exceeds the {window} tokens that this model can read: lower it, or raise "
                         "max_position_embeddings in --config_overrides")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        made = Path(work) / models.START
+    made = folder.parent / checkpoints.STAGE / models.START
+    with checkpoints.failure_told(folder, folder.parent):
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         (made / ASKED).write_text(json.dumps(_asked(shared, seed)) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before its first checkpoint
         os.replace(made, folder)
+        checkpoints.clear(folder.parent)
     print(f"from scratch: {model.num_parameters():,} parameters drawn at random (seed {seed}), {len(tokenizer):,} tokens"
           + (f", the vocabulary trained on {len(rows()):,} texts" if shared.vocab_size else f", those of {source.used}"))
 

@@ -74,37 +74,37 @@ def search(recipe, flags: list[str], trials: int) -> dict:
     if shared.adversarial != "none":
         raise UserError("--search trains many models in turn, which --adversarial can't follow: leave one of them out")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    runs.start(shared, method, training)
-    task = tasks.load(shared, method, training)
-    rate, knobs, seen = method.learning_rate, {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata}, []
+    with runs.start(shared, method, training):
+        task = tasks.load(shared, method, training)
+        rate, knobs, seen = method.learning_rate, {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata}, []
 
-    def rates(trial):
-        seen.append(trial)
-        return {"learning_rate": trial.suggest_float("learning_rate", rate / FACTOR, rate * FACTOR, log=True)}
+        def rates(trial):
+            seen.append(trial)
+            return {"learning_rate": trial.suggest_float("learning_rate", rate / FACTOR, rate * FACTOR, log=True)}
 
-    def model_for(trial):
-        chosen = {name: trial.suggest_categorical(name, values) for name, values in knobs.items()}
-        model, callbacks = recipe.adapt(task.load_model(method.load_in_4bit), task, replace(method, **chosen), training)
-        prepare(model, training, shared)
-        for callback in own:
-            trainer.remove_callback(callback)
-        own[:] = callbacks
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        return model
+        def model_for(trial):
+            chosen = {name: trial.suggest_categorical(name, values) for name, values in knobs.items()}
+            model, callbacks = recipe.adapt(task.load_model(method.load_in_4bit), task, replace(method, **chosen), training)
+            prepare(model, training, shared)
+            for callback in own:
+                trainer.remove_callback(callback)
+            own[:] = callbacks
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            return model
 
-    model, own = recipe.adapt(task.load_model(method.load_in_4bit), task, method, training)
-    trainer = RecipeTrainer(model=model, args=training, task=task, shared=shared, train_dataset=task.train, eval_dataset=task.dev,
-                            data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
-    del model  # one at a time in memory
-    trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
-    best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, direction="minimize", backend="optuna",
-                                         compute_objective=lambda scores: finite(scores["eval_loss"]),
-                                         sampler=optuna.samplers.TPESampler(seed=training.seed))
-    if best.objective == math.inf:
-        raise UserError("every trial diverged: lower --learning_rate, around which the search looks")
-    return {"best": best.hyperparameters, "trials": [
-        {"settings": trial.params, "dev_loss": trial.value, "state": trial.state.name} for trial in seen[0].study.trials]}
+        model, own = recipe.adapt(task.load_model(method.load_in_4bit), task, method, training)
+        trainer = RecipeTrainer(model=model, args=training, task=task, shared=shared, train_dataset=task.train, eval_dataset=task.dev,
+                                data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
+        del model  # one at a time in memory
+        trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
+        best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, direction="minimize", backend="optuna",
+                                             compute_objective=lambda scores: finite(scores["eval_loss"]),
+                                             sampler=optuna.samplers.TPESampler(seed=training.seed))
+        if best.objective == math.inf:
+            raise UserError("every trial diverged: lower --learning_rate, around which the search looks")
+        return {"best": best.hyperparameters, "trials": [
+            {"settings": trial.params, "dev_loss": trial.value, "state": trial.state.name} for trial in seen[0].study.trials]}
 
 
 def finite(loss: float) -> float:

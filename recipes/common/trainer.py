@@ -14,6 +14,7 @@ What differs, each in one place:
 """
 
 import contextlib
+import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +32,10 @@ from recipes.common import batches, checkpoints, cpu_attention, dev_answers, fau
 from recipes.common.errors import UserError
 from recipes.common.scoring import mean_loss
 
+# Flag -> what an optimizer calls it.
+OPTIMIZER_SETTINGS = {"learning_rate": ("lr",), "layer_lr_decay": ("lr",), "weight_decay": ("weight_decay",), "adam_beta1": ("betas",),
+                      "adam_beta2": ("betas",), "adam_epsilon": ("eps",)}
+
 
 class RecipeTrainer(Trainer):
     """`transformers.Trainer` for the loss and the metrics of a `task` (tasks.Task), with the techniques that `shared`
@@ -38,7 +43,8 @@ class RecipeTrainer(Trainer):
 
     def __init__(self, *, model, args, task, shared, callbacks, method=None, **kwargs):
         self.watch, self.method = faults.Watch(self, shared.on_nan), method
-        self.stage, self.allowed = None, []  # where a checkpoint is being written; what differs from the run that is resumed
+        self.stage, self.allowed = None, {}  # where a checkpoint is being written; what differs from the run that is resumed
+        self.came_from: Path | None = None  # the checkpoint of another run folder that this run went on from
         callbacks = [*callbacks, self.watch]
         if shared.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(shared.early_stopping_patience))
@@ -46,7 +52,7 @@ class RecipeTrainer(Trainer):
             callbacks.append(BeforeTraining(self))
         callbacks += task.callbacks
         if shared.max_minutes is not None:
-            callbacks.append(StopAfter(60 * shared.max_minutes))
+            callbacks.append(StopAfter(60 * shared.max_minutes, self.watch))
         self.task, self.shared, self.forgetting = task, shared, {}
         prepare(model, args, shared, method)
         if shared.r_drop and not _has_dropout(model):
@@ -62,7 +68,6 @@ class RecipeTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=callbacks, compute_metrics=self._metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, for any model
         self._loss_shifts_labels = task.loss is losses.next_token
-        self.padded = self.positions = 0  # that were run in training, by this process
         self.label_names = ["labels"]
         self.questions = []
         if shared.eval_generate_rows:
@@ -75,16 +80,31 @@ class RecipeTrainer(Trainer):
         """Train; where forgetting is to be measured, the old rows are scored before and after, into `forgetting`."""
         if checkpoint := kwargs.get("resume_from_checkpoint"):
             self.allowed = checkpoints.check_unchanged(Path(checkpoint), self._asked(), self.shared.allow_changed)
+            self._leave_others(Path(checkpoint))
         for sentence in checkpoints.changed_since(Path(self.shared.repeats), self._asked()) if self.shared.repeats else ():
             self.watch.tell(sentence)
         self._say_what_is_repeated()
+        self.watch.begun = time.monotonic()
         with self.watch.signals():
             result = super().train(*args, **kwargs)
-        padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
-        self.padding_share = padded / positions if positions else 0.0  # a run resumed at its end trains nothing
+        counts = torch.tensor([[self.watch.padded, self.watch.positions]], device=self.args.device)
+        padded, positions = self.accelerator.gather(counts).sum(0).tolist()
+        self.padding_share = padded / positions if positions else 0.0
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
+
+    def _leave_others(self, checkpoint: Path):
+        # A run that goes on from an earlier checkpoint must never take up a later one, of the life that it leaves.
+        folder = Path(self.args.output_dir)
+        if checkpoint.resolve().parent != folder.resolve():
+            self.came_from = checkpoint
+        elif origin := checkpoints.origin(checkpoint):
+            self.came_from = Path(origin)
+        with self.args.main_process_first(desc="setting later checkpoints aside"):
+            for path in checkpoints.found_in(folder) if self.args.process_index == 0 else ():
+                if checkpoints.step_of(path) > checkpoints.read_manifest(checkpoint)["step"]:
+                    checkpoints.set_aside(path)
 
     def _say_what_is_repeated(self):
         # Processes need equally many rows in an epoch's last step: Accelerate completes it with the epoch's first ones.
@@ -175,7 +195,7 @@ class RecipeTrainer(Trainer):
         total, run = 0, partial(self._forward_and_backward, model, num_items_in_batch=num_items_in_batch)
         for i, micro_batch in enumerate(inputs):
             mask = micro_batch["attention_mask"]
-            self.padded, self.positions = self.padded + int((mask == 0).sum()), self.positions + mask.numel()
+            self.watch.padded, self.watch.positions = self.watch.padded + int((mask == 0).sum()), self.watch.positions + mask.numel()
             # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
             with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():
                 total = total + self.watch.train(run, micro_batch)
@@ -253,7 +273,8 @@ class RecipeTrainer(Trainer):
             trained.save(self.model, folder)
 
     def _asked(self) -> dict:
-        return checkpoints.asked_for(self.task, asdict(self.shared), asdict(self.method) if self.method else {}, self.args)
+        recipe, method = Path(sys.argv[0]).stem, asdict(self.method) if self.method else {}
+        return checkpoints.asked_for(recipe, self.task, asdict(self.shared), method, self.args)
 
     def _get_output_dir(self, trial=None):
         return str(self.stage or super()._get_output_dir(trial))
@@ -262,18 +283,20 @@ class RecipeTrainer(Trainer):
         # The Trainer's own, but written aside and put in its place when it is whole.
         folder = Path(self.args.output_dir)
         target, staged = (parent / f"checkpoint-{self.state.global_step}" for parent in (folder, folder / checkpoints.STAGE))
-        with checkpoints.failure_told(target, folder):
+        only_model = self.args.save_only_model
+        with checkpoints.failure_told(target, folder, self.came_from):
             try:
                 self.stage = staged.parent
+                self.args.save_only_model = only_model and not self.watch.stopping  # who stops a run wants it to go on
                 super()._save_checkpoint(model, trial)
             finally:
-                self.stage = None
+                self.stage, self.args.save_only_model = None, only_model
             self.accelerator.wait_for_everyone()
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(target)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                checkpoints.put_in_place(staged, folder, self._asked())
+                checkpoints.put_in_place(staged, folder, self._asked(), self.came_from)
                 checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -289,7 +312,8 @@ class RecipeTrainer(Trainer):
             if isinstance(callback, EarlyStoppingCallback):
                 ended |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
         self._find_best(Path(resume_from_checkpoint).parent)
-        changes = f"; {'; '.join(self.allowed)}" if self.allowed else ""
+        self.state.compute_steps(self.args, max_steps)  # else --save_steps and its like would stay those of before
+        changes = f"; {'; '.join(self.allowed.values())}" if self.allowed else ""
         self.watch.tell(f"resumed from {resume_from_checkpoint}{changes}")
         return (num_train_epochs, 0) if ended else (epochs, batches)
 
@@ -316,6 +340,20 @@ class RecipeTrainer(Trainer):
         trained.check_same_kind(resume_from_checkpoint, self.model)
         if not self._load_trained(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # The state of the optimizer brings its settings along: those that --allow_changed names are put back to what is asked now.
+        names = {name for flag, kept in OPTIMIZER_SETTINGS.items() if flag in self.allowed for name in kept}
+        wanted = [dict(group) for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, fresh in zip(self.optimizer.param_groups, wanted, strict=True):
+            if "lr" in names:  # wherever its schedule stands
+                ratio = fresh["initial_lr"] / group["initial_lr"] if group["initial_lr"] else 0
+                group.update(lr=group["lr"] * ratio, initial_lr=fresh["initial_lr"])
+            group.update({name: fresh[name] for name in names - {"lr"} if name in group})
+        if "lr" in names:
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_best_model(self):
         if not self._load_trained(self.state.best_model_checkpoint):
@@ -350,13 +388,13 @@ class BeforeTraining(TrainerCallback):
 
 
 class StopAfter(TrainerCallback):
-    """Ends the training after so many seconds, evaluations included, on all processes at the same step."""
+    """Ends the training after so many seconds, evaluations and earlier lives of the run included, on all processes at the same step."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float, watch: faults.Watch):
+        self.seconds, self.watch = seconds, watch
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.begun = time.monotonic()
+        self.begun = time.monotonic() - self.watch.seconds
 
     def on_step_end(self, args, state, control, **kwargs):
         # The first process decides: the clocks of several differ, and one that goes on alone would wait for the others for ever.
