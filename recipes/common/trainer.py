@@ -14,6 +14,7 @@ What differs, each in one place:
 """
 
 import contextlib
+import pickle
 import time
 from dataclasses import asdict
 from functools import partial
@@ -86,7 +87,11 @@ class RecipeTrainer(Trainer):
             self.watch.tell(sentence)
         self._say_what_is_repeated()
         with self.watch.signals():
-            result = super().train(*args, **kwargs)
+            try:
+                result = super().train(*args, **kwargs)
+            except pickle.UnpicklingError as error:  # torch reads optimizer.pt and its like as tensors and plain containers alone
+                raise UserError(f"{checkpoint} holds a pickle of more than tensors, which is not opened, as that can run any code in it: "
+                                "go on from a checkpoint that this project wrote, or start from its weights with --model") from error
         padded, positions = self.accelerator.gather(torch.tensor([[self.padded, self.positions]], device=self.args.device)).sum(0).tolist()
         self.padding_share = padded / positions if positions else 0.0  # a run resumed at its end trains nothing
         if self.task.old is not None:
