@@ -138,6 +138,12 @@ def test_the_report_of_a_comparison_has_every_section(language, comparison):
     assert "take lora" in page and "0.060" in page and "prefix-seed42" in page
 
 
+@pytest.mark.parametrize("label", ["$x^$", "<script>alert(1)</script>", "../../x", "x" * 300])
+def test_a_label_is_text_whatever_it_says(label):
+    svg = plots.matrix([[1, 2], [3, 4]], [label, "b"], label, "p", "r")
+    assert svg.startswith("<svg") and "<script" not in svg
+
+
 def test_a_comparison_in_which_all_failed_has_a_report(comparison):
     nothing = {"metrics": {}, "best": {}, "systems": comparison["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
                "model": {"requested": "gpt2", "used": None}, "hardware": None, "versions": None, "data": {}}
