@@ -229,7 +229,8 @@ def translate(texts: list[str], name: str, seed: int, batch_size: int = 16) -> l
     source = models.resolve(name)
     tokenizer = models.load_tokenizer(source)
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(source.folder, use_safetensors=True).to(models.device()).eval()
+        model = AutoModelForSeq2SeqLM.from_pretrained(source.folder, use_safetensors=True,
+                                                      trust_remote_code=False).to(models.device()).eval()
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{name} can't be loaded as a translation model: {' '.join(str(error).split())[:300]}") from error
     set_seed(seed)

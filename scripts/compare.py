@@ -87,7 +87,8 @@ class Run:
         """The name of its folder."""
         chosen = [f"{flag}={value:.4g}" if isinstance(value, float) else f"{flag}={value}" for flag, value in self.settings]
         share = [f"fraction={self.fraction:g}"] if self.fraction < 1 else []
-        return re.sub(r"[^\w.=-]", "_", "-".join([self.system, *chosen, *share, f"seed{self.seed}"]))
+        name = re.sub(r"[^\w.=-]", "_", "-".join([self.system, *chosen, *share, f"seed{self.seed}"]))
+        return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"  # logs/NAME.evaluate.log
 
     @property
     def flags(self) -> list[str]:

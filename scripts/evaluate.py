@@ -14,6 +14,7 @@ divides the rows among processes, each on a GPU of its own or all on the CPU.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -246,6 +247,8 @@ def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
         print(f"note: {sentence}")
     for sentence in found.skipped:
         print(f"skipped {sentence}")
+    if len(label) > 100:  # it becomes part of a file's name
+        label = f"{label[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
     return found.source, kind.rows(found.rows, shared)[: options.limit], label
 
 

@@ -1,9 +1,12 @@
 """What goes wrong while a run trains: numbers that are not finite, losses that leap, too little memory, data that don't come, pickles."""
 
+import contextlib
+import hashlib
 import itertools
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -384,6 +387,39 @@ def test_code_that_a_model_brings_along_is_not_run(tiny, data, tmp_path):
                                    encoding="utf-8")
     with pytest.raises(UserError):
         run_recipe("lora", folder, data, tmp_path / "run", *STEPS)
+    assert not sprung.exists()
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code that a pickle brings along was run",)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_opened(tiny, data, tmp_path, capfd):
+    flags = (*STEPS, "--max_steps", "3")
+    run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags)
+    checkpoint = tmp_path / "run/checkpoint-2"
+    torch.save({"state": Code()}, checkpoint / "optimizer.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    content = (checkpoint / "optimizer.pt").read_bytes()
+    manifest["files"]["optimizer.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match="checkpoint-2 holds a pickle of more than tensors, which is not opened"):
+        run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint", str(checkpoint))
+    assert "was run" not in capfd.readouterr().out
+
+
+def test_code_that_a_tokenizer_brings_along_is_neither_run_nor_asked_for(tiny, tmp_path, monkeypatch):
+    run, sprung = tmp_path / "run", tmp_path / "sprung"
+    shutil.copytree(tiny("gpt2"), run)
+    config = json.loads((run / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (run / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (run / "own.py").write_text(f"open({str(sprung)!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *words: "y")  # what transformers would ask
+    monkeypatch.setattr(models, "read_record", lambda run: {"task": "classify"})
+    with contextlib.suppress(UserError):
+        models.load_run_tokenizer(run)
     assert not sprung.exists()
 
 

@@ -130,3 +130,10 @@ def test_a_training_goes_on_without_its_curves(tiny, data, tmp_path, monkeypatch
     run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--report_to", "tensorboard")
     [event] = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["events"]
     assert event["event"].startswith("the curves for TensorBoard can't be written (File exists)")
+
+
+def test_a_name_that_is_too_long_is_told_in_a_sentence(capsys):
+    with pytest.raises(OSError) as found:
+        open("x" * 300)
+    errors._tell(OSError, found.value, None)
+    assert capsys.readouterr().err == f"error: {'x' * 80}... is too long for the name of a file: give a shorter one\n"

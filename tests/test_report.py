@@ -178,6 +178,12 @@ def test_numbers_below_a_picture_are_few_enough_to_be_read():
         assert shown <= set(re.findall(r">([\dkM]+)<", picture)) and "mathdefault" not in picture and "^" not in picture
 
 
+@pytest.mark.parametrize("label", ["$x^$", "<script>alert(1)</script>", "../../x", "x" * 300])
+def test_a_label_is_text_whatever_it_says(label):
+    svg = plots.matrix([[1, 2], [3, 4]], [label, "b"], label, "p", "r")
+    assert svg.startswith("<svg") and "<script" not in svg
+
+
 def test_a_comparison_in_which_all_failed_has_a_report(compared):
     nothing = {"metrics": {}, "best": {}, "systems": compared["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
                "model": {"requested": "gpt2", "used": None}, "hardware": None, "versions": None, "data": {}}

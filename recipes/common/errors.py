@@ -1,5 +1,6 @@
 """A user's mistake is told in one sentence, never as a traceback; several processes that meet the same error show it once."""
 
+import errno
 import sys
 import traceback
 
@@ -26,6 +27,8 @@ def _tell(kind, value, trace) -> None:
     elif processes.lost(value):
         text = ("error: another process of this run ended or can't be reached; if it met an error, that is shown too "
                 "(a training goes on from its last checkpoint with --resume_from_checkpoint)")
+    elif isinstance(value, OSError) and value.errno == errno.ENAMETOOLONG:
+        text = f"error: {str(value.filename)[:80]}... is too long for the name of a file: give a shorter one"
     else:
         text = "".join(traceback.format_exception(kind, value, trace))
     if not processes.first_to_tell(text):

@@ -358,7 +358,7 @@ def load_base(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausa
 def load_run_tokenizer(run: str | Path):
     """The tokenizer of a run folder, with the chat template that the run was trained with. Raises `UserError`."""
     with _damage_told(Path(run)):
-        tokenizer = AutoTokenizer.from_pretrained(run)
+        tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)  # unsaid, transformers would ask at the keyboard
         if read_record(Path(run))["task"] == "chat" and tokenizer.chat_template is None:
             raise ValueError("no chat template")
         return tokenizer

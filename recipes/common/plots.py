@@ -12,6 +12,9 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 COLOURS = ("#2f7fc1", "#e07b39", "#2f9d6e", "#b55fa5", "#b8901f", "#6f7f8f", "#c94f4f", "#4f6fc9")  # told apart on white and on black
 
 
+matplotlib.rcParams["text.parse_math"] = False  # a label such as $x$ is text, and no formula
+
+
 def svg(figure: Figure, label: str) -> str:
     """The figure as an <svg> element that a screen reader calls `label`. Black becomes the page's text colour."""
     out = io.StringIO()

@@ -16,6 +16,7 @@ What differs, each in one place:
 """
 
 import contextlib
+import pickle
 import sys
 import time
 from dataclasses import asdict
@@ -114,7 +115,11 @@ class RecipeTrainer(Trainer):
             compiled = compilation.compiled_blocks(losses.network(self.model), self.args)
         self.watch.begun = time.monotonic()
         with self.watch.signals(), compiled:
-            result = super().train(*args, **kwargs)
+            try:
+                result = super().train(*args, **kwargs)
+            except pickle.UnpicklingError as error:  # torch reads optimizer.pt and its like as tensors and plain containers alone
+                raise UserError(f"{checkpoint} holds a pickle of more than tensors, which is not opened, as that can run any code in it: "
+                                "go on from a checkpoint that this project wrote, or start from its weights with --model") from error
         counts = torch.tensor([[self.watch.padded, self.watch.positions]], device=self.args.device)
         padded, positions = self.accelerator.gather(counts).sum(0).tolist()
         self.padding_share = padded / positions if positions else 0.0
