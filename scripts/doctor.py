@@ -153,6 +153,8 @@ def examine(options) -> int:
 
     shared, kind = options.shared, tasks.module(options.task)
     renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
+    if sources[0].weight is not None:
+        print("note: the weights of --data are left aside: each row is looked at once, however often the training reads it")
     found = data.find_all(shared.data, split=shared.split)
     if options.json:
         check_none_of_data(Path(options.json), found)

@@ -134,7 +134,7 @@ def test_an_empty_file(doctor, tmp_path):
 def test_rows_of_several_files_name_their_file(doctor, write_jsonl):
     one, two = write_jsonl([DIALOGUES[0], DIALOGUES[0]], "one.jsonl"), write_jsonl([DIALOGUES[3], *DIALOGUES[1:3]], "two.jsonl")
     status, out = doctor("--data", f"{one}:3", f"{two}:1", "--dev_fraction", 0.01)
-    assert "dev: 1 of the train rows are held out" in out
+    assert "dev: 1 of the train rows are held out" in out and "note: the weights of --data are left aside" in out
     assert re.search(rf"{re.escape(str(one))}:2\)", out), "the second copy, in whichever split it is"
 
 
@@ -180,7 +180,11 @@ def test_text_is_joined_or_cut_as_in_the_training(kind, doctor, tiny, write_json
         assert (found[split]["items"], tokens["supervised"]) == (done[split]["rows"], done[split]["supervised"])
         assert tokens["joined"] == done[split]["sentences"][0] and f"--max_length 24: {tokens['joined']}; fits in one: " in out
         assert f"--- {split}, block {done[split]['blocks']} (" in out
-    if kind == "bert":  # a text is cut if and only if it does not fit
+    if kind == "bert":
+        pairs = loaded({"data": [str(path)], "task": "pretrain", "max_length": 24, "next_sentence": True}, tiny(kind)).report["splits"]
+        out = doctor("--data", path, "--task", "pretrain", "--model", tiny(kind), "--max_length", 24, "--next_sentence")[1]
+        assert f"--max_length 24: {pairs['train']['sentences'][0]}; " in out
+        # A text is cut if and only if it does not fit
         longest = found["train"]["tokens"]["keeps"]["100"]
         for value, cut in ((longest, 0), (longest - 1, 1)):
             train = loaded({"data": [str(path)], "task": "pretrain", "max_length": value}, tiny(kind)).report["splits"]["train"]

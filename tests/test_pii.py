@@ -3,13 +3,14 @@
 The numbers are samples of standards and payment providers, numbers reserved for fiction, or made up; none belongs to a person.
 """
 
+import json
 import random
 import re
 import time
 
 import pytest
 
-from recipes.common.pii import KINDS, find, id_card, luhn, mask_dialogue, mask_row, mask_texts
+from recipes.common.pii import KINDS, find, id_card, left_as_they_are, luhn, mask_dialogue, mask_row, mask_texts
 
 # Numbers that payment providers publish for testing, which makes them an oracle for the check digit that is not ours.
 CARDS = ["4111111111111111", "4012888888881881", "4222222222222", "5555555555554444", "2223003122003222", "378282246310005",
@@ -285,6 +286,31 @@ def test_masked_text_is_masked_no_further():
     texts = ["MW204518, 13812345678, jo@example.com", "6200000000000005 11010519491231002X GB29 NWBK 6016 1331 9268 19"]
     masked, counts = mask_texts(texts)
     assert set(counts) == set(KINDS) and mask_texts(masked) == (masked, {})
+
+
+def test_masking_again_changes_nothing_however_things_are_glued_together():
+    rng = random.Random(3)
+    pieces = ["13812345678", "4111 1111 1111 1111", "a@b.com", "MW204518", "11010519491231002X", "订单号", "order #", "1", " ", "-", "。",
+              "x", "+86", "２", "\n", ".", "@", "GB29 NWBK 6016 1331 9268 19", "用户@例子.公司", "0", "号码是", "\\n"]
+    for _ in range(200):
+        masked, counts = mask_texts(["".join(rng.choices(pieces, k=rng.randint(1, 12)))])
+        assert mask_texts(masked) == (masked, {}) and sum(counts.values()) == masked[0].count("[")
+    assert mask_texts(["case 77, 13812345678"], [r"[0-9]+"])[0] == ["case [ORDER_1], [ORDER_2]"], "a placeholder holds a number too"
+
+
+def test_escapes_of_json_are_no_letters():
+    text = json.dumps({"note": "打\n13812345678", "to": "\tjo@example.com"})
+    masked, counts = mask_texts([text, json.dumps({"a": "电话13912345678"})])
+    assert counts == {"PHONE": 2, "EMAIL": 1} and json.loads(masked[0]) == {"note": "打\n[PHONE_1]", "to": "\t[EMAIL_1]"}
+
+
+def test_every_string_of_a_row_is_masked_and_what_stays_is_known():
+    row = {"id": "13812345678", "text": "Hi", "label": "jo@example.com", "meta": {"jo@example.com": ["13812345678", {"id": "a@b.com"}]},
+           "phone": 13812345678, "none": None}
+    masked, counts = mask_row(row)
+    assert masked == row | {"meta": {"jo@example.com": ["[PHONE_1]", {"id": "a@b.com"}]}} and counts == {"PHONE": 1}
+    assert {column for column, text in left_as_they_are(row) if find(text)} == {"id", "label", "meta", "phone"}
+    assert not [text for _, text in left_as_they_are({"text": "jo@example.com", "meta": ["13812345678"]}) if find(text)]
 
 
 def test_text_without_personal_data_is_unchanged():

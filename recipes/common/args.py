@@ -179,7 +179,7 @@ TRAINER_DEFAULTS = {
 
 # Flags that decide which rows are read and what a model makes of them; scripts/doctor.py takes the same.
 READING = ("data", "columns", "split", "task", "fallback_model", "max_length", "dev_fraction", "on_bad_row", "label", "context_turns",
-           "multi_label", "oos_label", "instruction", "source_prefix")
+           "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
 SEED = 42  # the Trainer's default
 
 SHORT = ("classify", "tag", "translate")  # tasks whose rows are a sentence rather than a dialogue

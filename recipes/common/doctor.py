@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -90,11 +90,10 @@ class Split:
     joined: str = ""  # what becomes of rows that are not shortened but joined or cut into pieces, as a sentence
     total: int | None = None  # of what is trained on, where that can't be told row by row
 
-    def labelled(self) -> tuple[list[int | str], list[dict]]:
-        """Numbers and items of those that have a part in the training or its scores."""
+    def labelled(self) -> Iterator[tuple[int | str, dict]]:
+        """Number and item of each that has a part in the training or its scores, one at a time."""
         items, numbers = (self.rows, self.numbers) if self.items is None else (self.items, self.item_numbers)
-        found = [(n, item) for n, item, supervised in zip(numbers, items, self.supervised, strict=True) if supervised is not None]
-        return [number for number, _ in found], [item for _, item in found]
+        return ((n, item) for n, item, supervised in zip(numbers, items, self.supervised, strict=True) if supervised is not None)
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def language_mix(text: str) -> str:
     return "zh" if share > 1 - MINORITY else "mixed" if share >= MINORITY else "en"
 
 
-def balance(rows: Sequence[dict]) -> dict[str, dict]:
+def balance(rows: Iterable[dict]) -> dict[str, dict]:
     """For each column of labels: `counts` of each label, most frequent first; `entropy` in bits, and `most`, what it would be if all
     were equally frequent; the `rare` labels, those in fewer than `RARE` rows, with their number of rows."""
     counts, in_rows = {}, {}
@@ -392,7 +391,7 @@ def _check_lengths(name: str, split: Split, max_length: int) -> tuple[dict, list
 
 
 def _check_labels(name: str, split: Split) -> tuple[dict, list[Finding]]:
-    figures, findings = balance(split.labelled()[1]), []
+    figures, findings = balance(item for _, item in split.labelled()), []
     for column, labels in figures.items() if name == "train" else ():
         if column not in split.learned:
             continue
@@ -421,8 +420,7 @@ def _check_unseen_labels(splits: dict[str, Split], balances: dict[str, dict]) ->
 
 def _rows_with(split: Split, column: str, labels: Iterable[str]) -> list[int]:
     wanted = set(labels)
-    found = (number for number, item in zip(*split.labelled(), strict=True) if wanted & set(labels_of(item).get(column, [])))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(number for number, item in split.labelled() if wanted & set(labels_of(item).get(column, []))))
 
 
 def _check_tags(name: str, split: Split) -> tuple[int, list[Finding]]:

@@ -90,6 +90,7 @@ _SEVEN_DIGITS = re.compile(r"(?:[0-9][^0-9]*){7}")
 # What every finding has, but those of other order patterns. Most turns lack it, and looking for it takes a hundredth of the time.
 _LIKELY = re.compile("[@\uff20]|(?:[0-9\uff10-\uff19][^0-9\uff10-\uff19]*){4}")
 
+_PLACEHOLDER = re.compile(rf"\[(?:{'|'.join(KINDS)})_[0-9]{{1,9}}\]")
 # JSON in a text (the arguments of a tool call) writes line ends and Chinese like this: they are no letters before a number.
 _ESCAPES = re.compile(r"\\(?:[nrtbf]|u[0-9a-fA-F]{4})")
 # Full-width forms and unusual blanks and dashes, one character for one, so that positions stay. Not the comma and the colon: beside
@@ -143,16 +144,23 @@ def mask_texts(texts: Iterable[str], orders: Sequence[str] = ORDER_PATTERNS) -> 
     numbers, counts, masked = {}, {}, []
     taken = {kind: max((int(n) for text in texts for n in re.findall(rf"\[{kind}_([0-9]{{1,9}})\]", text)), default=0) for kind in KINDS}
     for text in texts:
-        pieces, end = [], 0
-        for found in find(text, orders):
-            if (found.kind, found.value) not in numbers:
-                taken[found.kind] += 1
-                numbers[found.kind, found.value] = taken[found.kind]
-            pieces += [text[end:found.start], f"[{found.kind}_{numbers[found.kind, found.value]}]"]
-            counts[found.kind] = counts.get(found.kind, 0) + 1
-            end = found.end
-        masked.append("".join([*pieces, text[end:]]))
+        while places := _unmasked(text, orders):  # what stood glued to another may be found when that is gone
+            pieces, end = [], 0
+            for found in places:
+                if (found.kind, found.value) not in numbers:
+                    taken[found.kind] += 1
+                    numbers[found.kind, found.value] = taken[found.kind]
+                pieces += [text[end:found.start], f"[{found.kind}_{numbers[found.kind, found.value]}]"]
+                counts[found.kind] = counts.get(found.kind, 0) + 1
+                end = found.end
+            text = "".join([*pieces, text[end:]])
+        masked.append(text)
     return masked, counts
+
+
+def _unmasked(text: str, orders: Sequence[str]) -> list[Found]:
+    held = [match.span() for match in _PLACEHOLDER.finditer(text)]
+    return [found for found in find(text, orders) if not any(found.start < end and start < found.end for start, end in held)]
 
 
 def mask_dialogue(messages: Sequence[dict], orders: Sequence[str] = ORDER_PATTERNS) -> tuple[list[dict], dict[str, int]]:
