@@ -153,19 +153,20 @@ def check_turns(row: dict) -> str | None:
     if not isinstance(messages, list) or not messages:
         return '"messages" must be a list of turns that is not empty'
     for i, turn in enumerate(messages, start=1):
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             return f'turn {i} must be an object with "role" and "content", not {short(turn)}'
-        if turn["role"] not in ROLES:
-            return f"turn {i}: role {short(turn['role'])} is unknown; use one of {', '.join(ROLES)}"
-        if not isinstance(turn["content"], str):
-            return f"turn {i}: content must be a string, not {short(turn['content'])}"
-        if half_a_character(turn["content"]):
-            return f"turn {i}: content holds half a character (a lone surrogate, {short(turn['content'])}); write the whole one"
-        if not turn["content"].strip():
-            return f"turn {i} ({turn['role']}) is empty; remove it or give it text"
-        if turn["role"] == "system" and i > 1:
+        role, content = turn["role"], turn["content"]
+        if role not in ROLES:
+            return f"turn {i}: role {short(role)} is unknown; use one of {', '.join(ROLES)}"
+        if not isinstance(content, str):
+            return f"turn {i}: content must be a string, not {short(content)}"
+        if not content.isascii() and half_a_character(content):
+            return f"turn {i}: content holds half a character (a lone surrogate, {short(content)}); write the whole one"
+        if not content or content.isspace():
+            return f"turn {i} ({role}) is empty; remove it or give it text"
+        if role == "system" and i > 1:
             return f"turn {i}: a system turn may only come first"
-        if not isinstance(turn.get("train", True), bool):
+        if "train" in turn and not isinstance(turn["train"], bool):
             return f'turn {i}: "train" must be true or false, not {short(turn["train"])}'
     return None
 
