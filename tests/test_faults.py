@@ -412,6 +412,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(tiny, data, tmp_path, capfd):
 def test_code_that_a_tokenizer_brings_along_is_neither_run_nor_asked_for(tiny, tmp_path, monkeypatch):
     run, sprung = tmp_path / "run", tmp_path / "sprung"
     shutil.copytree(tiny("gpt2"), run)
+    (run / "config.json").unlink()  # as in the run of an adapter
     config = json.loads((run / "tokenizer_config.json").read_text(encoding="utf-8"))
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (run / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
