@@ -127,6 +127,7 @@ def test_a_run_has_the_losses_and_files_of_one_without_it(tiny, data, tmp_path, 
     tuned, compiled_tuned = load_file(tmp_path / "plain" / name), load_file(tmp_path / "compiled" / name)
     torch.testing.assert_close(compiled_tuned, tuned, rtol=1e-3, atol=1e-5)
     shutil.rmtree(tmp_path / "compiled/checkpoint-2")
+    (tmp_path / "compiled/run.json").unlink()  # as if it had not come to its end
     resumed, _ = run("compiled", *compile_it, "--resume_from_checkpoint")
     assert resumed == pytest.approx(compiled, abs=1e-9)
     torch.testing.assert_close(load_file(tmp_path / "compiled" / name), compiled_tuned, rtol=0, atol=0)

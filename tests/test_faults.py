@@ -398,6 +398,7 @@ class Code:
 def test_a_pickle_in_a_checkpoint_is_not_opened(tiny, data, tmp_path, capfd):
     flags = (*STEPS, "--max_steps", "3")
     run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags)
+    (tmp_path / "run/run.json").unlink()  # as if it had not come to its end
     checkpoint = tmp_path / "run/checkpoint-2"
     torch.save({"state": Code()}, checkpoint / "optimizer.pt")
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))

@@ -365,7 +365,7 @@ CONTRACT = {
                       ({"text": " ", "label": "x"}, '"text" must be a str'), ({"text": "Hi", "label": None}, '"label" must be a string or'),
                       ({"text": "Hi", "label": True}, '"label" must'), ({"text": "Hi", "label": 0.5}, '"label" must'),
                       ({"text": "Hi", "label": ""}, '"label" must be a str'),
-                      ({"text": "Hi", "label": ["x"]}, '"label" must be a string or'),
+                      ({"text": "Hi", "label": ["x"]}, '"label" is a list'),
                       ({"text": "Hi", "label": "x", "text_pair": 3}, '"text_pair" must')]),
     check_labels: ([{"text": "Hi", "label": ["x", "y"]}, {"text": "Hi", "label": []}, {"text": "Hi", "label": [0, 1]}],
                    [({"text": "Hi", "label": "x"}, '"label" must be a list of labels, as --multi_label says'),

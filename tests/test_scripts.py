@@ -24,7 +24,7 @@ HOSTILE = '<script>alert("&amp;")</script><img src=x onerror=alert(1)>'
 # Everything that DESIGN's "run folder" asks run.json for, and what else makes a run repeatable.
 FIELDS = {"recipe", "task", "model", "command", "finished", "data", "trainable_parameters", "total_parameters", "steps", "seconds",
           "resumes", "tokens", "tokens_per_second", "padding_share", "peak_memory_mb", "best_checkpoint", "metrics", "method_arguments",
-          "shared_arguments", "training_arguments", "versions", "hardware", "history"}
+          "shared_arguments", "training_arguments", "versions", "hardware", "history", "world_size"}
 
 
 @pytest.fixture(scope="module")

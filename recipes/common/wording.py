@@ -24,6 +24,7 @@ ZH = {
     "e-mail addresses": "电子邮箱",
     "identity card numbers": "身份证号",
     "bank card numbers": "银行卡号",
+    "bank account numbers": "银行账号",
     "order numbers": "订单号",
     "telephone numbers": "电话号码",
     "{kept} of {rows} {unit}": "{rows} {unit}中的 {kept}",
