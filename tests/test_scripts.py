@@ -73,7 +73,8 @@ def test_a_recipe_end_to_end(recipe, trained, tiny, shop):
     record = read(folder)
     assert record.keys() == FIELDS | ({"method_report"} if recipe == "adalora" else set())
     assert record["recipe"] == recipe and record["task"] == "chat"
-    assert record["model"] == {"requested": str(tiny("gpt2")), "used": str(tiny("gpt2")), "folder": str(tiny("gpt2")), "revision": None}
+    model = str(tiny("gpt2"))
+    assert record["model"] == {"requested": model, "used": model, "folder": model, "revision": None, "from_scratch": False}
     assert record["steps"] == 4 and record["training_arguments"]["output_dir"] == str(folder)
     assert record["versions"].keys() >= {"python", "torch", "transformers", "peft"}
     assert record["versions"]["transformers"] == version("transformers")
