@@ -58,7 +58,7 @@ from types import SimpleNamespace
 # Python puts this folder first on the path, where evaluate.py would hide the package `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from recipes.common import args, errors
+from recipes.common import args, errors, evaluation
 from recipes.common.errors import UserError
 from recipes.common.redaction import redacted
 from recipes.common.search import file_of, recipe_of
@@ -87,8 +87,7 @@ class Run:
         """The name of its folder."""
         chosen = [f"{flag}={value:.4g}" if isinstance(value, float) else f"{flag}={value}" for flag, value in self.settings]
         share = [f"fraction={self.fraction:g}"] if self.fraction < 1 else []
-        name = re.sub(r"[^\w.=-]", "_", "-".join([self.system, *chosen, *share, f"seed{self.seed}"]))
-        return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"  # logs/NAME.evaluate.log
+        return evaluation.file_name(re.sub(r"[^\w.=-]", "_", "-".join([self.system, *chosen, *share, f"seed{self.seed}"])))
 
     @property
     def flags(self) -> list[str]:
@@ -440,7 +439,7 @@ def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
 
 def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     """The record: compare.json."""
-    from recipes.common import comparison, evaluation, item_scores, runs, statistics
+    from recipes.common import comparison, item_scores, runs, statistics
 
     texts = {}  # run -> (the lines of its answers, its losses), for all that were scored
     for run, result in results.items():
@@ -566,8 +565,6 @@ def configuration(records: list[dict]) -> dict:
 
 def costs(finished: list[tuple[dict, Path]], plan) -> dict:
     """What the runs of a system cost, the mean over its seeds; memory the largest."""
-    from recipes.common import evaluation
-
     if not finished:
         return {}
     mean = {key: sum(record[key] for record, _ in finished) / len(finished) for key in ("seconds", "tokens_per_second")}
@@ -603,8 +600,6 @@ def curves(plan, own: dict, results: dict, counts: dict, drawn) -> list[dict]:
 
 def samples(plan, members: dict, texts: dict, results: dict) -> list[dict]:
     """Held-out items, evenly from the first to the last, with the answer of every system (of its first seed)."""
-    from recipes.common import evaluation
-
     by = {name: (texts[run][0], model or evaluation.own_name(results[run]["record"]))
           for name, (run, model) in members.items()}
     lines = next(iter(by.values()))[0]

@@ -125,8 +125,7 @@ def check_none_of_data(out: Path, found: list[dict]) -> None:
     """Raise `UserError` if --json would replace a file of the data, or would be taken for one in their folder."""
     from recipes.common import data, formats
 
-    files = [path for files in found for file in files.values() if not isinstance(file, formats.File)
-             for path in (file.paths if isinstance(file, formats.Shards) else [file])]
+    files = [path for files in found for file in files.values() for path in data.paths(file)]
     if any(out.exists() and out.samefile(file) for file in files):
         raise UserError(f"--json {out} is a file of --data, and would replace it: name another")
     split = next((split for split, names in data.SPLITS.items() if out.name.lower().partition(".")[0] in names), None)

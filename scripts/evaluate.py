@@ -14,7 +14,6 @@ divides the rows among processes, each on a GPU of its own or all on the CPU.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -216,7 +215,7 @@ def parse(argv=None):
 
 def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
     """The task's rows to score on, after where they are from and before a name for the results. A file given by --data is taken whole."""
-    from recipes.common import data, tasks
+    from recipes.common import data, evaluation, tasks
 
     shared, training = tasks.flags(record), record["training_arguments"]
     given, check = options.data or shared.data, kind.check(shared)
@@ -247,9 +246,7 @@ def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
         print(f"note: {sentence}")
     for sentence in found.skipped:
         print(f"skipped {sentence}")
-    if len(label) > 100:  # it becomes part of a file's name
-        label = f"{label[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    return found.source, kind.rows(found.rows, shared)[: options.limit], label
+    return found.source, kind.rows(found.rows, shared)[: options.limit], evaluation.file_name(label)
 
 
 if __name__ == "__main__":

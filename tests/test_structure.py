@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "disk": {"errors"},
     "encoding": {"deadline", "disk", "errors"},
     "data": {"deadline", "disk", "errors", "formats", "shapes"},
-    "models": {"errors", "chat", "bottleneck"},
+    "models": {"errors", "chat", "bottleneck", "checkpoints"},
     "args": {"compilation", "errors", "models", "processes"},  # models: only whether the hardware has bf16, once transformers is needed
     "generation": {"chat", "errors", "faults", "losses", "processes"},
     "prefix_start": set(),

@@ -23,7 +23,9 @@ from recipes.common.errors import UserError
 
 MANIFEST = "manifest.json"
 STAGE = "unfinished"  # folder of the run folder in which checkpoints are written, and into which they are moved to be deleted
-STAGED = re.compile(r"(old-)?checkpoint-\d+|model|start")  # what stands in it; anything else is not ours, and is left alone
+START = "start"  # folder of the run folder with the model that a run from scratch began with
+ASKED = "from_scratch.json"  # file in it that says what it was made of
+STAGED = re.compile(rf"(old-)?checkpoint-\d+|model|{START}")  # what stands in it; anything else is not ours, and is left alone
 LIVES = "_lives"  # how often a run that is not finished was started; the Hub's upload leaves out names that begin like this
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -192,13 +192,18 @@ def find_all(data: str | list[str], whole: bool = True, split: str | None = None
     """`find` of each source. Raises `UserError` for a file that two of them name: its rows would be both held out and trained on."""
     found, seen = [find(source.name, whole, split) for source in sources(data)], set()
     for file in (file for files in found for file in files.values()):
-        for path in [file.name] if isinstance(file, File) else file.paths if isinstance(file, Shards) else [file]:
+        for path in paths(file) or [file.name]:
             name = path if isinstance(path, str) else str(path.resolve())
             if name in seen:
                 raise UserError(f"--data names {path} twice, so that its rows could be both held out and trained on: name it once, with "
                                 "more weight if it is to count more (a.jsonl:2 b.jsonl:1)")
             seen.add(name)
     return found
+
+
+def paths(file: Path | Shards | File) -> list[Path]:
+    """The files on disk of a split that `find` gave; none for one of the Hub."""
+    return [] if isinstance(file, File) else file.paths if isinstance(file, Shards) else [file]
 
 
 def find(data: str, whole: bool = True, split: str | None = None) -> dict[str, Path | Shards | File]:
@@ -234,7 +239,7 @@ def not_read(data: str | list[str], whole: bool = True, split: str | None = None
             there, others = _in_folder(path)
             chosen = set(_names_of(source.name, there, split).values())
             files = [file for name, files in there.items() if name not in chosen for file in files]
-            others += [str(one.relative_to(path)) for file in files for one in (file.paths if isinstance(file, Shards) else [file])]
+            others += [str(one.relative_to(path)) for file in files for one in paths(file)]
             left[source.name] = sorted(others, key=_natural)
         elif _is_hub(source.name) and not path.exists():
             there = _hub(source.name, whole)

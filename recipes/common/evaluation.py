@@ -1,5 +1,6 @@
 """The scores of one or several models on the same rows, in one form for all tasks: on the screen, in run.json and in the report."""
 
+import hashlib
 import math
 from collections import defaultdict
 
@@ -25,6 +26,11 @@ def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str
 def beside_columns(name: str) -> str:
     """`name`, or one that overwrites no column of the predictions, as "label-run"."""
     return f"{name}-run" if name in COLUMNS else name
+
+
+def file_name(name: str) -> str:
+    """`name`, or where it would be too long to be part of a file's name, its beginning and a hash of it."""
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def own_name(record: dict) -> str:

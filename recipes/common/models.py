@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipes.common import chat
+from recipes.common.checkpoints import START
 from recipes.common.errors import UserError
 
 transformers.utils.logging.disable_progress_bar()  # weights load in a second or two; the bars that matter are ours and the Trainer's
@@ -46,7 +47,6 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 # Only what loading needs: no pickles, no copies in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
-START = "start"  # in a run folder: the model that a run from scratch started from
 
 
 PICKLED = ("pickled weights (.bin, .pt) are not loaded, as opening a pickle can run any code in it; if you trust where they come from, "

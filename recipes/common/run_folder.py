@@ -7,10 +7,10 @@ import socket
 from pathlib import Path
 
 from recipes.common import checkpoints
+from recipes.common.checkpoints import ASKED, START
 from recipes.common.errors import UserError
 
 LOCK = "_running.lock"  # the Hub's upload leaves out names that begin like this
-START = ("start", "from_scratch.json")  # the model that a run from scratch began with, and the file that says so
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def check(folder: Path, named: Path | None, resume: bool, from_scratch: bool) ->
     """Raise `UserError` where a run folder holds what is not this run's. `named` is the checkpoint that a resume names, if it does."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # "runs", the TensorBoard events, is all that a run leaves when it ends before its first checkpoint; from scratch, "start" as well.
-    others = names - {"runs", LOCK, checkpoints.LIVES, *([START[0]] if from_scratch and folder.joinpath(*START).is_file() else [])}
+    others = names - {"runs", LOCK, checkpoints.LIVES, *([START] if from_scratch and (folder / START / ASKED).is_file() else [])}
     found, stage = checkpoints.found_in(folder), folder / checkpoints.STAGE
     if not resume:
         if found or "run.json" in names or stage.exists():

@@ -19,15 +19,14 @@ from tokenizers.trainers import WordPieceTrainer
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from recipes.common import checkpoints, models
+from recipes.common.checkpoints import ASKED, START
 from recipes.common.errors import UserError
-
-ASKED = "from_scratch.json"
 
 
 def start(shared, training, source: models.Source, tokenizer, auto_class, rows: Callable[[], Sequence[dict]]) -> models.Source:
     """Where the model is that this run starts from; the main process, which comes first, makes it, a resumed run finds it. `rows` gives
     the train rows, and is called only for a new vocabulary. Raises `UserError`."""
-    folder = (Path(training.output_dir) / models.START).absolute()
+    folder = (Path(training.output_dir) / START).absolute()
     if training.resume_from_checkpoint and folder.is_dir():
         _check_same(shared, training.seed, folder)
     elif training.process_index == 0:
@@ -58,7 +57,7 @@ def _make(shared, seed: int, source, tokenizer, auto_class, rows, folder: Path) 
     if shared.max_length and window and shared.max_length > window:
         raise UserError(f"--max_length {shared.max_length} exceeds the {window} tokens that this model can read: lower it, or raise "
                         "max_position_embeddings in --config_overrides")
-    made = folder.parent / checkpoints.STAGE / models.START
+    made = folder.parent / checkpoints.STAGE / START
     with checkpoints.failure_told(folder, folder.parent):
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
