@@ -33,7 +33,6 @@ class MethodArguments(args.Method):
             raise UserError("--activation_checkpointing would drop the prefix from the recomputed layers: leave it out for this recipe")
         if shared.layer_lr_decay != 1:
             raise UserError("--layer_lr_decay: a prefix belongs to no block of the model, so all of it learns alike: leave it out")
-
         if self.projection_hidden_size != 512 and not self.prefix_projection:
             raise UserError("--projection_hidden_size is the width of the network of --prefix_projection: add that, or leave it out")
 

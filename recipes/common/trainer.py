@@ -129,14 +129,14 @@ class RecipeTrainer(Trainer):
 
     def _leave_others(self, checkpoint: Path):
         # A run that goes on from an earlier checkpoint must never take up a later one, of the life that it leaves.
-        folder = Path(self.args.output_dir)
+        folder, step = Path(self.args.output_dir), checkpoints.read_manifest(checkpoint)["step"]
         if checkpoint.resolve().parent != folder.resolve():
             self.came_from = checkpoint
         elif origin := checkpoints.origin(checkpoint):
             self.came_from = Path(origin)
         with self.args.main_process_first(desc="setting later checkpoints aside"):
             for path in checkpoints.found_in(folder) if self.args.process_index == 0 else ():
-                if checkpoints.step_of(path) > checkpoints.read_manifest(checkpoint)["step"]:
+                if checkpoints.step_of(path) > step:
                     checkpoints.set_aside(path)
 
     def _say_what_is_repeated(self):
@@ -231,9 +231,9 @@ class RecipeTrainer(Trainer):
         total, run = 0, partial(self._forward_and_backward, model, num_items_in_batch=num_items_in_batch)
         for i, micro_batch in enumerate(inputs):
             mask = micro_batch["attention_mask"]
-            padded = int((mask == 0).sum())
-            self.watch.padded += 0 if self.packed else padded
-            self.watch.positions += mask.numel() - (padded if self.packed else 0)
+            tokens = int(mask.sum())
+            positions = tokens if self.packed else mask.numel()
+            self.watch.padded, self.watch.positions = self.watch.padded + positions - tokens, self.watch.positions + positions
             # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
             with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():
                 total = total + self.watch.train(run, micro_batch)
