@@ -515,8 +515,8 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path):
     assert list(find(str(tmp_path))) == ["train", "dev"] and asked(read(find(str(tmp_path))["train"], check_dialogue)) == ["train.jsonl"]
     left = data.not_read(str(tmp_path))
     assert left == {str(tmp_path): sorted(others, key=data._natural)}
-    assert data.tell_not_read(left) == [f"{tmp_path}: 7 files or splits are not read: README.md, extra.jsonl, more/x.jsonl, more/y.txt~, "
-                                        "train.old.jsonl, train_9.csv, train_10.jsonl"]
+    assert data.tell_not_read(left) == [f"{tmp_path} holds 7 more files or splits, which are not read: README.md, extra.jsonl, "
+                                        "more/x.jsonl, more/y.txt~, train.old.jsonl, train_9.csv, train_10.jsonl"]
     assert data.not_read([str(tmp_path / "train.jsonl"), str(tmp_path / "dev.csv")]) == {}
 
 

@@ -329,7 +329,7 @@ def test_what_is_not_read_of_a_source_is_told_and_counted(folder, tiny, capsys):
     for _ in range(2):  # from the cache, too
         report = load(tiny, "llama", "--data", "c", "a.jsonl", "--on_bad_row", "skip").report
         assert report["not_read"] == {"count": 1, "names": {"c": ["extra.jsonl"]}}
-        assert "note: c: 1 file or split is not read: extra.jsonl" in capsys.readouterr().out
+        assert "note: c holds 1 more file or split, which is not read: extra.jsonl" in capsys.readouterr().out
     report = load(tiny, "llama", "--data", "c", "--split", "train=extra").report
     assert report["splits"]["train"]["rows"] == 1 and report["not_read"]["names"] == {"c": ["train.jsonl"]}
 

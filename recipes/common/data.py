@@ -249,8 +249,8 @@ def not_read(data: str | list[str], whole: bool = True, split: str | None = None
 
 def tell_not_read(left: dict[str, list[str]]) -> list[str]:
     """A sentence for each source of `not_read`."""
-    return [f"{name}: {len(names)} {'file or split is' if len(names) == 1 else 'files or splits are'} not read: {', '.join(names[:8])}"
-            + (f" and {len(names) - 8} more" if len(names) > 8 else "") for name, names in left.items()]
+    return [f"{name} holds {len(names)} more {'file or split, which is' if len(names) == 1 else 'files or splits, which are'} not read: "
+            + ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") for name, names in left.items()]
 
 
 def parse_split(text: str | None) -> dict[str, str]:
