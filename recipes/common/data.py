@@ -75,12 +75,12 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
         return
     renames, used = parse_columns(columns), set()
     chat = _takes_dialogues(check)
-    if file.columns is not None and (absent := [old for old in renames if old not in file.columns]):
+    if file.columns is not None and (absent := _absent(renames, file.columns)):
         raise UserError(f"{file.name}: there is no column {short(absent[0])} to rename ({shapes.columns_of(file.columns)}); see --columns")
     for record in formats.records(file):
         row, wrong = record.row, record.wrong
         if wrong is None:
-            used |= renames.keys() & row.keys()
+            used |= renames.keys() - {*_absent(renames, row)}
             row, wrong = _rename(row, renames)
         if wrong is None and file.format == "csv":
             row, wrong = _read_lists(row)
@@ -370,9 +370,15 @@ def _takes_dialogues(check: Check) -> bool:
     return check({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}) is None and bool(check({}))
 
 
+def _absent(renames: dict[str, str], columns: Iterable[str]) -> list[str]:
+    """The columns to rename that are not there and have nothing in their place, as `refs` stand in the place of a target."""
+    return [old for old, new in renames.items() if old not in columns and not (new == "target" and "refs" in columns)]
+
+
 def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:
+    absent = _absent(renames, row)
     for old, new in renames.items():
-        if old not in row and new not in shapes.OPTIONAL:
+        if old in absent and new not in shapes.OPTIONAL:
             return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row)}); see --columns"
         if old in row and new in row and new not in renames:
             return row, f"--columns {new}={old} would overwrite the column {short(new)}; rename that one too, as in other={new}"
