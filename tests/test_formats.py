@@ -93,6 +93,14 @@ def test_parquet(tmp_path, zipped):
     assert read(put(tmp_path, gzip.compress(content) if zipped else content, "rows"), check_dialogue).rows == rows
 
 
+def test_a_nul_in_a_table_with_types_is_a_bad_row(tmp_path):
+    rows = [*CHAT, {"messages": [{"role": "user", "content": "Hi\0"}, {"role": "assistant", "content": "Yo"}]}]
+    path = put(tmp_path, encode(rows, "parquet"), "a.parquet")
+    said = f"row {len(rows)}: there is a NUL character (\\u0000) in 'Hi\\x00': take it out"
+    assert said in complaint(path) and read(path, check_dialogue, "skip").rows == CHAT
+    assert said in complaint(data.hub_split(datasets.Dataset.from_list(rows), "set (train)"))
+
+
 def test_utf16_big_endian(tmp_path):
     assert read(put(tmp_path, b"\xfe\xff" + encode(PAIR, "csv", "utf-16-be"), "a.csv"), check_dialogue).rows == CHAT
 
