@@ -439,17 +439,10 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
     and a draw of its rows once more. The mixture is shuffled, so that its first N rows are mixed alike.
     """
     generator, total = random.Random(seed), len(train.rows)
-    shares = [weight / max(weights) for weight in weights]  # as the sum of very large weights is no number
-    exact = [total * share / sum(shares) for share in shares]
-    counts = [math.floor(share) for share in exact]
-    for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
-        counts[i] += 1
+    counts = drawn([(part.source, len(part.rows)) for part in parts], weights)
     indices, start = [], 0  # of the rows of all parts, one part after the other
     for part, weight, count in zip(parts, weights, counts, strict=True):
         size = len(part.rows)
-        if not size or not count:
-            raise UserError(f"{part.source} with weight {weight:g} would give no train row: "
-                            f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
         rounds, rest = divmod(count, size)
         own = range(start, start + size)
         indices += [*own] * rounds + generator.sample(own, rest)
@@ -459,6 +452,21 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
                            f"it has {size}, so {effect}")
     generator.shuffle(indices)
     train.rows = train.rows.take(indices)
+
+
+def drawn(parts: list[tuple[str, int]], weights: list[float]) -> list[int]:
+    """How many train rows each of `parts`, (name, rows), gives by its weight. Raises `UserError` if one would give none."""
+    total = sum(size for _, size in parts)
+    shares = [weight / max(weights) for weight in weights]  # as the sum of very large weights is no number
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [math.floor(share) for share in exact]
+    for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
+        counts[i] += 1
+    for (name, size), weight, count in zip(parts, weights, counts, strict=True):
+        if not size or not count:
+            raise UserError(f"{name} with weight {weight:g} would give no train row: "
+                            f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
+    return counts
 
 
 @functools.cache
