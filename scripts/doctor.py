@@ -151,8 +151,8 @@ def examine(options) -> int:
     from recipes.common import data, doctor, models, tasks
 
     shared, kind = options.shared, tasks.module(options.task)
-    renames, sources = data.parse_columns(shared.columns), data.sources(shared.data)
-    if sources[0].weight is not None:
+    renames, weights = data.parse_columns(shared.columns), [source.weight for source in data.sources(shared.data)]
+    if weights[0] is not None:
         print("note: the weights of --data are left aside: each row is looked at once, however often the training reads it")
     found = data.find_all(shared.data, split=shared.split)
     if options.json:
@@ -167,6 +167,12 @@ def examine(options) -> int:
     for sentence in data.tell_not_read(data.not_read(shared.data, split=shared.split)):
         print(f"note: {sentence}")
     findings += hold_out(sources, options)
+    train = [(source["train"].name, len(source["train"].rows)) for source in sources if "train" in source]
+    if weights[0] is not None and len(train) == len(sources) and all(finding.severity != "error" for finding in findings):
+        try:
+            data.drawn(train, weights)
+        except UserError as error:
+            findings.append(stops("train", error))
     splits = {split: joined([source[split] for source in sources if split in source]) for split in data.SPLITS}
     splits = {split: part for split, part in splits.items() if part.rows}
     summary, task, encoded = {}, None, {}

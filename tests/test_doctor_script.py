@@ -138,6 +138,14 @@ def test_rows_of_several_files_name_their_file(doctor, write_jsonl):
     assert re.search(rf"{re.escape(str(one))}:2\)", out), "the second copy, in whichever split it is"
 
 
+def test_a_source_that_its_weight_leaves_without_train_rows_stops_the_training(doctor, write_jsonl):
+    one, two = write_jsonl(DIALOGUES, "one.jsonl"), write_jsonl([DIALOGUES[0], "no row"], "two.jsonl")
+    flags = ("--dev_fraction", 0.01, "--on_bad_row", "skip")
+    status, out = doctor("--data", f"{one}:1", f"{two}:1e-9", *flags)
+    assert status == 2 and f"error: the training would stop: {two} with weight 1e-09 would give no train row" in out
+    assert doctor("--data", f"{one}:1", f"{two}:1", *flags)[0] == 0
+
+
 # What a model makes of it
 
 

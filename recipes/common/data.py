@@ -75,12 +75,12 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
         return
     renames, used = parse_columns(columns), set()
     chat = _takes_dialogues(check)
-    if file.columns is not None and (absent := [old for old in renames if old not in file.columns]):
+    if file.columns is not None and (absent := _absent(renames, file.columns)):
         raise UserError(f"{file.name}: there is no column {short(absent[0])} to rename ({shapes.columns_of(file.columns)}); see --columns")
     for record in formats.records(file):
         row, wrong = record.row, record.wrong
         if wrong is None:
-            used |= renames.keys() & row.keys()
+            used |= renames.keys() - {*_absent(renames, row)}
             row, wrong = _rename(row, renames)
         if wrong is None and file.format == "csv":
             row, wrong = _read_lists(row)
@@ -370,9 +370,15 @@ def _takes_dialogues(check: Check) -> bool:
     return check({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}) is None and bool(check({}))
 
 
+def _absent(renames: dict[str, str], columns: Iterable[str]) -> list[str]:
+    """The columns to rename that are not there and have nothing in their place, as `refs` stand in the place of a target."""
+    return [old for old, new in renames.items() if old not in columns and not (new == "target" and "refs" in columns)]
+
+
 def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:
+    absent = _absent(renames, row)
     for old, new in renames.items():
-        if old not in row and new not in shapes.OPTIONAL:
+        if old in absent and new not in shapes.OPTIONAL:
             return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row)}); see --columns"
         if old in row and new in row and new not in renames:
             return row, f"--columns {new}={old} would overwrite the column {short(new)}; rename that one too, as in other={new}"
@@ -433,17 +439,10 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
     and a draw of its rows once more. The mixture is shuffled, so that its first N rows are mixed alike.
     """
     generator, total = random.Random(seed), len(train.rows)
-    shares = [weight / max(weights) for weight in weights]  # as the sum of very large weights is no number
-    exact = [total * share / sum(shares) for share in shares]
-    counts = [math.floor(share) for share in exact]
-    for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
-        counts[i] += 1
+    counts = drawn([(part.source, len(part.rows)) for part in parts], weights)
     indices, start = [], 0  # of the rows of all parts, one part after the other
     for part, weight, count in zip(parts, weights, counts, strict=True):
         size = len(part.rows)
-        if not size or not count:
-            raise UserError(f"{part.source} with weight {weight:g} would give no train row: "
-                            f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
         rounds, rest = divmod(count, size)
         own = range(start, start + size)
         indices += [*own] * rounds + generator.sample(own, rest)
@@ -453,6 +452,21 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
                            f"it has {size}, so {effect}")
     generator.shuffle(indices)
     train.rows = train.rows.take(indices)
+
+
+def drawn(parts: list[tuple[str, int]], weights: list[float]) -> list[int]:
+    """How many train rows each of `parts`, (name, rows), gives by its weight. Raises `UserError` if one would give none."""
+    total = sum(size for _, size in parts)
+    shares = [weight / max(weights) for weight in weights]  # as the sum of very large weights is no number
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [math.floor(share) for share in exact]
+    for i in sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:  # the largest remainders
+        counts[i] += 1
+    for (name, size), weight, count in zip(parts, weights, counts, strict=True):
+        if not size or not count:
+            raise UserError(f"{name} with weight {weight:g} would give no train row: "
+                            f"{'raise its weight or leave it out' if size else 'its only row is held out as dev, so give it more rows'}")
+    return counts
 
 
 @functools.cache

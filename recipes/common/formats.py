@@ -438,12 +438,12 @@ def _table(file: File) -> Iterator[Record]:
         for batch in table.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield Record(number, without_nulls(row))
+                yield Record(number, row := without_nulls(row), shapes.odd(row))
 
 
 def _hub(file: File) -> Iterator[Record]:
     for number, row in enumerate(file.hub(), start=1):
-        yield Record(number, without_nulls(row))
+        yield Record(number, row := without_nulls(row), shapes.odd(row))
 
 
 def without_nulls(value):
