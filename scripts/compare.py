@@ -14,6 +14,7 @@ recipe trains --num_train_epochs.
 
 --grid RECIPE.FLAG=V1,V2 (several combine) trains each combination with the first seed and goes on with the best on dev; one value alone
 sets the flag. --search N lets Optuna choose, by N trials on dev for each recipe (recipes/common/search.py). Neither looks at test rows.
+Both judge by --metric where it is measured on dev while training (of written answers, with --eval_generate_rows), else by the dev loss.
 
 --data_fractions 0.25,0.5,1 also trains on shares of the rows, each part of the next, and tells what more data would bring.
 
@@ -194,8 +195,13 @@ def check(options, flags: list[str]) -> SimpleNamespace:
     if fractions[-1] != 1 or len(set(fractions)) < len(fractions):
         raise UserError(f"--data_fractions {options.data_fractions}: name each share once, and 1, all rows, among them")
     metric = options.metric or item_scores.OF_TASK[shared.task][0]
-    if metric not in item_scores.OF_TASK[shared.task]:
-        raise UserError(f"--metric {metric}: --task {shared.task} has {', '.join(item_scores.OF_TASK[shared.task])}")
+    # The F1 of item_scores takes a set of labels for one.
+    known = [name for name in item_scores.OF_TASK[shared.task] if not (shared.multi_label and name == "f1_macro")]
+    if metric not in known:
+        raise UserError(f"--metric {metric}: --task {shared.task}{' with --multi_label' * shared.multi_label} has {', '.join(known)}")
+    dev_metric = metric if metric in args.dev_scores(shared) else "loss"
+    if dev_metric != metric and (options.search or any(len(points) > 1 for points in grid.values())):
+        print(f"note: {judged_by_loss(metric)}")
     kind = tasks.module(shared.task)
     sources = data.find_all(shared.data, split=shared.split)
     split = "test" if any("test" in files for files in sources) else "dev"
@@ -206,8 +212,13 @@ def check(options, flags: list[str]) -> SimpleNamespace:
         models.resolve(shared.model, shared.fallback_model)  # a model that can't be had is known before the first run
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     return SimpleNamespace(options=options, common=common, paths=paths, hashes=hashes, grid=grid, fractions=fractions, metric=metric,
-                           shared=shared, kind=kind, split=split, base=kind.UNTUNED_SCORES,
+                           dev_metric=dev_metric, shared=shared, kind=kind, split=split, base=kind.UNTUNED_SCORES,
                            seeds=list(range(training.seed, training.seed + options.seeds)))
+
+
+def judged_by_loss(metric: str) -> str:
+    """Why settings are chosen by another score than the one that decides."""
+    return f"settings are chosen by dev loss, as {metric} is not measured while training: --eval_generate_rows 32 measures it"
 
 
 def budget(text: str | None, given: set[str]) -> list[str]:
@@ -402,13 +413,12 @@ def choose(plan, out: Path) -> tuple[list[dict], dict[str, tuple]]:
 
 
 def best_of(name: str, points: list[tuple], plan, out: Path) -> dict:
-    """Train each combination with the first seed; the best on dev by the main metric, or by the loss where dev has no such score."""
+    """Train each combination with the first seed; the best on dev by `plan.dev_metric`."""
     from recipes.common import item_scores
 
     results = [(run := Run(name, plan.seeds[0], settings), train(run, plan, out, f"{name}, settings {i} of {len(points)}"))
                for i, settings in enumerate(points, start=1)]
-    done = [result["record"]["metrics"] for _, result in results if result["status"] == "done"]
-    metric = plan.metric if done and f"dev_{plan.metric}" in done[0] else "loss"
+    metric = plan.dev_metric
     values = [float(result["record"]["metrics"][f"dev_{metric}"]) if result["status"] == "done" else None for _, result in results]
     best = (max if item_scores.METRICS[metric].higher_is_better else min)((v for v in values if v is not None), default=None)
     first = values.index(best) if best is not None else None
@@ -419,19 +429,21 @@ def best_of(name: str, points: list[tuple], plan, out: Path) -> dict:
 
 def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
     """The trials of Optuna for this recipe, made anew only if there are none for these flags."""
-    path, log = out / f"search-{name}-{plan.options.search}.json", out / "logs" / f"search-{name}.log"
+    metric = plan.dev_metric
+    path, log = out / f"search-{name}-{plan.options.search}-{metric}.json", out / "logs" / f"search-{name}.log"
     print(f"[{name}] search by {plan.options.search} trials: ", end="", flush=True)
     if not path.is_file():
         command = [sys.executable, "-m", "recipes.common.search", "--recipe", str(plan.paths[name]), "--trials", str(plan.options.search),
-                   "--result", str(path), *plan.common, *Run(name, plan.seeds[0], fixed).flags, "--output_dir", str(out / f"search-{name}")]
+                   "--metric", metric, "--result", str(path), *plan.common, *Run(name, plan.seeds[0], fixed).flags,
+                   "--output_dir", str(out / f"search-{name}")]
         if status := call(command, log):
             print(f"FAILED: {why(status, log)} ({log}); {name} is trained with its defaults")
-            return {"system": name, "by": "search", "metric": "loss", "points": []}
+            return {"system": name, "by": "search", "metric": metric, "points": []}
     found = json.loads(path.read_text(encoding="utf-8"))
-    points = [{"settings": trial["settings"], "value": float(trial["dev_loss"]) if trial["state"] == "COMPLETE" else None,
+    points = [{"settings": trial["settings"], "value": float(trial["value"]) if trial["state"] == "COMPLETE" else None,
                "chosen": trial["settings"] == found["best"], "run": None} for trial in found["trials"]]
-    print(f"best dev loss {min(point['value'] for point in points if point['value'] is not None):.4f}")
-    return {"system": name, "by": "search", "metric": "loss", "points": points}
+    print(f"best dev {metric} {next(point['value'] for point in points if point['chosen']):.4f}")
+    return {"system": name, "by": "search", "metric": metric, "points": points}
 
 
 # Putting it together
@@ -495,6 +507,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
                                     | ({base: (base_with, model)} if base else {}), texts, results)
         if plan.options.budget and plan.options.budget.startswith("minutes") and "constant_with_warmup" in plan.common:
             record["notes"].append("minutes: the learning rate is constant after the warm-up, as a schedule would be cut")
+        if grid and plan.dev_metric != plan.metric:
+            record["notes"].append(judged_by_loss(plan.metric))
         record["notes"] += [f"{entry['system']}: no settings could be chosen, as all that were tried failed: it has its defaults"
                             for entry in grid if not any(point["chosen"] for point in entry["points"])]
         record["notes"] += [f"{run.name} failed, so this point is missing: {result['error']}" for run, result in results.items()

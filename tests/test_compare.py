@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from conftest import DIALOGUES, ROOT
 from test_cli import refused
 
 from recipes.common import args, comparison, item_scores, statistics
+from recipes.common import search as search_module
 from recipes.common.errors import UserError
 
 spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts/compare.py")
@@ -327,6 +329,30 @@ def test_optuna_chooses_within_its_space(go, tmp_path):
     assert run["metrics"]["dev_loss"] == pytest.approx(best["value"], rel=1e-4)  # the trial and the run are the same training
 
 
+def test_a_search_judges_by_the_metric_that_decides(go, tiny, write_jsonl, tmp_path):
+    rows = [{"text": text, "label": label} for text, label in [("my card is lost", "card"), ("where is it", "parcel")] * 4]
+    for split in ("train", "dev", "test"):
+        write_jsonl(rows, f"shop/{split}.jsonl")
+    out, words = tmp_path / "out", ["--recipes", "lora", "--search", "2", "--task", "classify", "--model", tiny("bert"), "--data",
+                                    tmp_path / "shop", "--budget", "steps:2"]
+    _, printed, calls = go(out, *words, short=["--max_length", "32", "--use_cpu", "--bf16", "False"])
+    record = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    [search] = record["grid"]
+    [best] = [point for point in search["points"] if point["chosen"]]
+    assert search["metric"] == "accuracy" and best["value"] == max(point["value"] for point in search["points"])
+    assert best["value"] == pytest.approx(record["systems"][0]["runs"][0]["dev"]["dev_accuracy"])  # 0-100, as on test
+    assert f"best dev accuracy {best['value']:.4f}" in printed and "settings are chosen by dev loss" not in printed
+    assert search_module.judged({"eval_loss": math.nan, "eval_accuracy": 50.0}, "accuracy", -math.inf) == -math.inf
+
+
+def test_a_choice_by_another_score_than_the_one_that_decides_is_told(go, tmp_path):
+    out = tmp_path / "out"
+    _, printed, _ = go(out, "--recipes", "lora", "--grid", "lora.rank=2,4", "--budget", "steps:2", "--metric", "bleu")
+    record = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    said = "settings are chosen by dev loss, as bleu is not measured while training: --eval_generate_rows 32 measures it"
+    assert record["grid"][0]["metric"] == "loss" and said in printed and said in record["notes"]
+
+
 # More data
 
 
@@ -501,6 +527,7 @@ def test_higher_is_better_where_it_is():
     ([*FIRST, "--hardware", "recipes/accelerate/ddp.yaml", "--search", "3"], ["--search", "--hardware"]),
     ([*FIRST, "--rank", "4"], ["full: ", "unknown flag --rank"]),
     ([*FIRST, "--metric", "accuracy"], ["--metric accuracy", "bleu"]),
+    ([*FIRST, "--task", "classify", "--multi_label", "--metric", "f1_macro"], ["--metric f1_macro", "--multi_label has accuracy, loss"]),
     ([*FIRST, "--data_fractions", "0.5,x"], ["--data_fractions", "'x'"]),
     ([*FIRST, "--data_fractions", "0.25,0.5"], ["--data_fractions 0.25,0.5", "and 1"]),
     ([*FIRST, "--train_fraction", "0.5"], ["--data_fractions"]),
@@ -546,9 +573,11 @@ def test_flags_of_a_recipe_that_contradict_each_other(words, parts):
 
 
 def test_search_refuses_what_it_cannot_follow(shop, tiny, tmp_path):
-    refused(test_cli.call("recipes/common/search.py", "--recipe", "lora", "--trials", "1", "--result", tmp_path / "x.json", "--model",
-                          tiny("llama"), "--data", shop, "--adversarial", "fgm", "--output_dir", tmp_path / "out"), "--search",
-            "--adversarial", untouched=tmp_path / "x.json")
+    for words, parts in ((["--adversarial", "fgm"], ["--search", "--adversarial"]),
+                         (["--metric", "bleu"], ["--metric bleu is not measured", "--eval_generate_rows"])):
+        refused(test_cli.call("recipes/common/search.py", "--recipe", "lora", "--trials", "1", "--result", tmp_path / "x.json", "--model",
+                              tiny("llama"), "--data", shop, *words, "--output_dir", tmp_path / "out"), *parts,
+                untouched=tmp_path / "x.json")
 
 
 @pytest.mark.slow

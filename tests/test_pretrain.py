@@ -308,7 +308,7 @@ def test_the_loss_of_pairs_is_the_sum_of_berts_two_means_and_only_tokens_count(t
         assert not torch.allclose(parts[1].logits, task.loss(model, backwards)[1].logits)
     [told] = task.outputs(parts)
     right = (parts[1].logits.argmax(1) == batch["next_sentence"]).double().mean().item()
-    assert task.metrics(told.numpy(), None) == {"next_sentence_accuracy": pytest.approx(right)}
+    assert task.metrics(told.numpy(), None) == {"next_sentence_accuracy": pytest.approx(100 * right)}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "distilbert"])

@@ -187,7 +187,7 @@ def test_a_run_learns_its_rows_and_is_scored(recipe, kind, tiny, write_jsonl, tm
                          "0.01", "--per_device_train_batch_size", "4", "--eval_strategy", "no", "--save_strategy", "no")
     evaluate(monkeypatch, "--run", run, "--dtype", "float32")
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert record["metrics"]["dev_f1"] == 1
+    assert record["metrics"]["dev_f1"] == 100
     scores = record["evaluation"]["test"]
     table = {row["language"]: dict(zip(scores["columns"], row["values"], strict=True)) for row in scores["table"]}
     assert table.keys() == {"en", "zh", "all"} and table["all"]["F1"] == 100

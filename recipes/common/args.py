@@ -388,6 +388,12 @@ def check_task(shared: SharedArguments, argv: list[str]) -> None:
             raise UserError(f"--{f.name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
 
 
+def dev_scores(shared: SharedArguments) -> list[str]:
+    """The scores that each evaluation while training gives; those of written answers only where some are written."""
+    return [*(name for name in DEV_SCORES[shared.task] if name not in WRITTEN or shared.eval_generate_rows),
+            *(["f1_micro"] if shared.multi_label else []), *(["next_sentence_accuracy"] if shared.next_sentence else [])]
+
+
 def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     """Which checkpoint is the best: by a score that there will be, and in the direction that is right for it."""
     if training.metric_for_best_model == "loss" and "--metric_for_best_model" not in _flags(argv):

@@ -3,7 +3,8 @@
     python -m recipes.common.search --recipe lora --trials 8 --result lora.json --data data/customer_service --max_steps 20
 
 scripts/compare.py --search starts this for each recipe. Searched are the learning rate, log-uniformly within a factor of 5 of the recipe's
-default, and each flag of the recipe whose `option` names values in `search`. Nothing is saved but the result.
+default, and each flag of the recipe whose `option` names values in `search`. Trials are judged by the dev score --metric at their end.
+Nothing is saved but the result.
 """
 
 import argparse
@@ -48,21 +49,22 @@ def main():
     parser = args.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="a file of recipes/, or any .py file")
     parser.add_argument("--trials", type=args.positive, required=True, help="how many settings to try")
+    parser.add_argument("--metric", default="loss", help="the dev score by which trials are judged (default: loss)")
     parser.add_argument("--result", required=True, help="the JSON file to write")
     options, flags = parser.parse_known_args()
     path = file_of(options.recipe)
     sys.argv = [str(path), *flags]
-    result = search(recipe_of(path), flags, options.trials)
+    result = search(recipe_of(path), flags, options.trials, options.metric)
     from recipes.common import runs
 
     Path(options.result).write_text(json.dumps(runs.visible(result), indent=2) + "\n", encoding="utf-8")
 
 
-def search(recipe, flags: list[str], trials: int) -> dict:
-    """Train `trials` times on the train rows, each time with other flags, and compare the loss on dev.
+def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
+    """Train `trials` times on the train rows, each time with other flags, and compare the dev score `metric`.
 
-    Returns {"best": flag -> value, "trials": [{"settings", "dev_loss", "state"}]}. A trial that diverges counts as infinitely bad; one
-    that does worse than the others after an epoch may end early (state PRUNED). Raises `UserError` if none ends well.
+    Returns {"best": flag -> value, "metric", "trials": [{"settings", "value", "state"}]}. A trial that diverges counts as infinitely bad;
+    one that does worse than the others after an epoch may end early (state PRUNED). Raises `UserError` if none ends well.
     """
     shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [
         *flags, "--save_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"])
@@ -73,6 +75,10 @@ def search(recipe, flags: list[str], trials: int) -> dict:
 
     if shared.adversarial != "none":
         raise UserError("--search trains many models in turn, which --adversarial can't follow: leave one of them out")
+    if metric not in (there := args.dev_scores(shared)):
+        raise UserError(f"--metric {metric} is not measured while training; dev rows are scored by {', '.join(there)}"
+                        + ("; --eval_generate_rows 32 adds those of written answers" if metric in args.WRITTEN else ""))
+    worst = math.inf if metric in args.LOWER_IS_BETTER else -math.inf
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with runs.start(shared, method, training):
         task = tasks.load(shared, method, training)
@@ -98,18 +104,21 @@ def search(recipe, flags: list[str], trials: int) -> dict:
                                 data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
         del model  # one at a time in memory
         trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
-        best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, direction="minimize", backend="optuna",
-                                             compute_objective=lambda scores: finite(scores["eval_loss"]),
+        best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, backend="optuna",
+                                             direction="minimize" if worst > 0 else "maximize",
+                                             compute_objective=lambda scores: judged(scores, metric, worst),
                                              sampler=optuna.samplers.TPESampler(seed=training.seed))
-        if best.objective == math.inf:
+        if best.objective == worst:
             raise UserError("every trial diverged: lower --learning_rate, around which the search looks")
-        return {"best": best.hyperparameters, "trials": [
-            {"settings": trial.params, "dev_loss": trial.value, "state": trial.state.name} for trial in seen[0].study.trials]}
+        return {"best": best.hyperparameters, "metric": metric, "trials": [
+            {"settings": trial.params, "value": trial.value, "state": trial.state.name} for trial in seen[0].study.trials]}
 
 
-def finite(loss: float) -> float:
-    """`loss`, or infinity for NaN, which Optuna would take for a trial that never ended."""
-    return loss if math.isfinite(loss) else math.inf
+def judged(scores: dict[str, float], metric: str, worst: float) -> float:
+    """The score of a trial, or `worst` of one that diverged: Optuna takes NaN for a trial that never ended, and labels told by a model
+    whose loss is NaN have an accuracy like any others."""
+    value = scores[f"eval_{metric}"]
+    return value if math.isfinite(scores["eval_loss"]) and math.isfinite(value) else worst
 
 
 if __name__ == "__main__":

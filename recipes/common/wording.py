@@ -181,6 +181,8 @@ SENTENCES = {
         "若曲线照此延续，行数加倍（{rows}）会使{metric}降低约 {gain} {bounds}，达到约 {value}",
     "minutes: the learning rate is constant after the warm-up, as a schedule would be cut":
         "按分钟的预算：预热之后学习率不变，否则调度会被中途截断",
+    "settings are chosen by dev loss, as {metric} is not measured while training: --eval_generate_rows 32 measures it":
+        "设置按开发集损失选择，因为训练时不测{metric}：--eval_generate_rows 32 可以测它",
     "{name}: no settings could be chosen, as all that were tried failed: it has its defaults": "{name}：尝试的设置全部失败，用的是默认设置",
     "{name} failed, so this point is missing: {error}": "{name} 失败，缺这个点：{error}",
     "shares of the data have the same budget as all of it: a small share is read more often": "各份数据的预算相同：份额小的会被多读几遍",

@@ -213,7 +213,7 @@ def collate(features: list[dict], tokenizer) -> dict[str, torch.Tensor]:
 
 
 def dev_metrics(logits: np.ndarray, labels: np.ndarray, *, shared) -> dict[str, float]:
-    """Of all dev rows: accuracy and macro F1; with --oos_label the threshold that evaluation will use."""
+    """Of all dev rows: accuracy and macro F1, 0-100; with --oos_label the threshold that evaluation will use, a probability."""
     if shared.multi_label:
         return multi_label_scores(logits > 0, labels > 0)
     inside = labels != IGNORE
@@ -222,19 +222,19 @@ def dev_metrics(logits: np.ndarray, labels: np.ndarray, *, shared) -> dict[str, 
 
 
 def label_scores(predicted: list, right: list) -> dict[str, float]:
-    """Accuracy and macro F1, 0-1."""
+    """Accuracy and macro F1, 0-100."""
     report = metrics.classification_report(predicted, right)
-    return {"accuracy": report["accuracy"], "f1_macro": report["macro avg"]["f1-score"]}
+    return {"accuracy": 100 * report["accuracy"], "f1_macro": 100 * report["macro avg"]["f1-score"]}
 
 
 def multi_label_scores(predicted: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Of (rows, classes) of true and false: micro and macro F1 and the share of rows without any mistake, 0-1.
+    """Of (rows, classes) of true and false: micro and macro F1 and the share of rows without any mistake, 0-100.
 
-    As scikit-learn's f1_score(average=..., zero_division=0) and accuracy_score.
+    100 times scikit-learn's f1_score(average=..., zero_division=0) and accuracy_score.
     """
     report = metrics.multi_label_report(predicted, right, [str(i) for i in range(right.shape[1])])
-    return {"accuracy": float((predicted == right).all(1).mean()), "f1_macro": report["macro avg"]["f1-score"],
-            "f1_micro": report["micro avg"]["f1-score"]}
+    return {"accuracy": 100 * float((predicted == right).all(1).mean()), "f1_macro": 100 * report["macro avg"]["f1-score"],
+            "f1_micro": 100 * report["micro avg"]["f1-score"]}
 
 
 def confidence(logits: np.ndarray) -> np.ndarray:
@@ -310,11 +310,11 @@ def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
         at = np.array([language in (own, "all") for own in languages])
         values = {"loss": mean_loss(sums[at])["loss"]} if sums[at, 1].sum() > 0 else {}  # NaN, or all of them out of scope, has none
         if shared.multi_label:
-            values |= {key: 100 * value for key, value in multi_label_scores(logits[at] > 0, labels[at] > 0).items()}
+            values |= multi_label_scores(logits[at] > 0, labels[at] > 0)
         else:
             inside = at & (labels != IGNORE)
             if inside.any():
-                values |= {key: 100 * v for key, v in label_scores(logits[inside].argmax(1).tolist(), labels[inside].tolist()).items()}
+                values |= label_scores(logits[inside].argmax(1).tolist(), labels[inside].tolist())
             if cut is not None:
                 kept, outside = confidence(logits) >= cut, at & (labels == IGNORE)
                 values["kept"] = 100 * (kept & (logits.argmax(1) == labels))[inside].mean() if inside.any() else np.nan
@@ -336,7 +336,7 @@ def _slices(rows, languages, logits, labels, shared) -> dict:
             own, right = values[inside[at]], labels[inside[at]]
             scores = (multi_label_scores(own > 0, right > 0) if shared.multi_label
                       else label_scores(own.argmax(1).tolist(), right.tolist()))
-            return [100 * scores["accuracy"], 100 * scores["f1_macro"]]
+            return [scores["accuracy"], scores["f1_macro"]]
         return score
 
     return evaluation.slices(keys, ["accuracy", "macro F1"], {name: scorer(values) for name, values in logits.items()})

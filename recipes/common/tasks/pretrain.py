@@ -417,9 +417,9 @@ def _told(part: losses.Part) -> torch.Tensor:
 
 
 def next_sentence_accuracy(told: np.ndarray) -> dict[str, float]:
-    """Share of the pairs told right, 0-1, from what `_told` gives for all rows."""
+    """Share of the pairs told right, 0-100, from what `_told` gives for all rows."""
     right, asked = np.array(told).T
-    return {"next_sentence_accuracy": float(right[asked > 0].mean()) if asked.any() else float("nan")}
+    return {"next_sentence_accuracy": 100 * float(right[asked > 0].mean()) if asked.any() else float("nan")}
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -446,7 +446,6 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         for language in [*encoded, "all"]:
             at = (where == language) | (language == "all")
             values = mean_loss(sums[at]) | (next_sentence_accuracy(told[0][at]) if pairs else {})
-            values = {key: 100 * value if key == "next_sentence_accuracy" else value for key, value in values.items()}
             scored.append({"language": language, "model": name, "count": sum(language in (own, "all") for own in languages),
                            "values": [values[key] for key in headings]})
         if task.peft_type == "CAUSAL_LM":

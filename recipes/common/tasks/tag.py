@@ -155,14 +155,14 @@ def _likeliest(parts) -> tuple[torch.Tensor]:
 
 
 def dev_metrics(predicted: np.ndarray, labels: np.ndarray, *, names: list[str]) -> dict[str, float]:
-    """F1, precision and recall of the spans, 0-1, over the words that have a label, as the model is asked to give it.
+    """F1, precision and recall of the spans, 0-100, over the words that have a label, as the model is asked to give it.
 
     Words beyond --max_length have none, and a type that the train rows lack is O; `evaluate` counts what is missed by either.
     """
     keep = labels != IGNORE
     as_tags = [[[names[i] for i in row[mask]] for row, mask in zip(values, keep, strict=True)] for values in (predicted, labels)]
     average = metrics.span_report(*as_tags)["micro avg"]
-    return {"f1": average["f1-score"], "precision": average["precision"], "recall": average["recall"]}
+    return {"f1": 100 * average["f1-score"], "precision": 100 * average["precision"], "recall": 100 * average["recall"]}
 
 
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
