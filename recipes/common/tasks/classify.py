@@ -98,7 +98,7 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
     that is no context, loses its end. Raises `UserError`.
     """
-    mean = sum(labels.values()) / len(labels)
+    mean = sum(labels.values()) / max(sum(n > 0 for n in labels.values()), 1)  # of the labels that have rows
     balanced = training and shared.class_weights == "balanced"
     one = partial(_encode, tokenizer=tokenizer, shared=shared, index={label: i for i, label in enumerate(labels)}, training=training,
                   ended=ended, weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
