@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes.common import models, rank_allocation, report, runs
 from recipes.common.errors import UserError
+from recipes.common.trainer import RecipeTrainer
 
 FLAGS = ("--init_rank", "4", "--target_rank", "2", "--every", "1", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no",
          "--load_best_model_at_end", "False", "--learning_rate", "0.01", "--per_device_train_batch_size", "1", "--max_steps", "10")
@@ -41,6 +42,27 @@ def test_ranks_differ_and_the_budget_is_met_exactly(finished):
     assert len(ranks) == 14 and sum(ranks.values()) == 2 * 14 and len(set(ranks.values())) > 1
     pattern = json.loads((finished[0] / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"]
     assert sorted(map(sum, pattern.values())) == sorted(ranks.values())
+
+
+class GetsWorse(RecipeTrainer):
+    """Each evaluation is worse than the one before it."""
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = float(self.state.global_step)
+        return output
+
+
+def test_the_best_checkpoint_is_one_that_meets_the_budget(tiny, data, tmp_path, capsys):
+    flags = (*FLAGS, "--save_strategy", "steps", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1",
+             "--load_best_model_at_end", "True")
+    trainer = run_recipe("adalora", tiny("llama"), data, tmp_path / "run", *flags, trainer_class=GetsWorse)
+    assert trainer.state.best_global_step == 7  # the first one with the final ranks, and not the first one
+    assert sum(callback(trainer).ranks().values()) == 2 * 14
+    capsys.readouterr()
+    early = run_recipe("adalora", tiny("llama"), data, tmp_path / "early", *flags, "--early_stopping_patience", "2",
+                       trainer_class=GetsWorse)
+    assert early.state.global_step == 3 and "the training ended before the budget was met" in capsys.readouterr().out
 
 
 def test_without_the_callback_it_would_be_plain_lora(tiny, data, tmp_path, monkeypatch):

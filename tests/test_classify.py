@@ -435,6 +435,35 @@ def test_it_learns_its_rows_and_evaluates_them(kind, tiny, folder, tmp_path):
     np.testing.assert_allclose(again, trained.numpy(), atol=1e-4)
 
 
+def test_samples_and_predictions_show_all_that_the_model_reads(tiny, tmp_path, write_jsonl):
+    """A label of two texts can't be judged by one of them, nor a turn without the turns before it."""
+    pairs = [{"text": f"first {i}", "text_pair": f"second {i}", "label": "ab"[i % 2]} for i in range(8)]
+    turns = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well?"},
+                           {"role": "user", "content": text, "intent": intent}, {"role": "assistant", "content": "Yes"}]}
+             for text, intent in (("No", "a"), ("Go on", "b")) * 4]
+    for name, rows, flags, asked in (
+            ("pairs", pairs, (), [("text", "first 0"), ("text_pair", "second 0")]),
+            ("turns", turns, ("--label", "intent", "--context_turns", "2"), [("context", "user: Hi\nassistant: Well?"), ("text", "No")]),
+            ("alone", turns, ("--label", "intent"), [("text", "No")])):
+        file, run = write_jsonl(rows, f"{name}.jsonl"), tmp_path / name
+        run_recipe("full", tiny("bert"), file, run, "--task", "classify", *flags, "--max_steps", "1", "--load_best_model_at_end", "False")
+        result = call("scripts/evaluate.py", "--run", run, "--data", file, "--dtype", "float32", "--json", tmp_path / "scores.json",
+                      "--samples", "1")
+        assert result.code == 0, result.err
+        sample = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["samples"][0]
+        assert [tuple(pair) for pair in sample[:-2]] == asked and sample[-2] == ["label", "a"]
+        line = json.loads(next(run.glob("predictions-*.jsonl")).read_text(encoding="utf-8").splitlines()[0])
+        assert asked == [(key, line[key]) for key in ("context", "text", "text_pair") if key in line]
+        assert ("\n  context | user: Hi\n          | assistant: Well?\n     text | No\n" in result.out) == (name == "turns")
+        assert ("\n  text_pair | second 0\n" in result.out) == (name == "pairs")
+
+
+@pytest.mark.parametrize(("probability", "shown"), [(0.5741, "0.574"), (0.0312, "0.031"), (0.99912, "0.999120"),
+                                                    (0.9999898699, "0.9999899"), (1.0, "1.000")])
+def test_a_threshold_close_to_one_is_not_shown_as_one(probability, shown):
+    assert classify._exact(probability) == shown
+
+
 def test_test_rows_out_of_scope_or_too_long_are_scored_and_told(tiny, folder, tmp_path, write_jsonl):
     shutil.copytree(folder, tmp_path / "data")
     write_jsonl([{"text": "Sing a song " * 20, "label": "oos"}, {"text": "写首诗", "label": "oos"}], "data/test.jsonl")

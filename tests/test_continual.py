@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from conftest import DIALOGUES
@@ -232,6 +233,31 @@ def test_forgetting_can_be_measured_without_replay(tiny, data, tmp_path):
     run_recipe("lora", tiny("gpt2"), data["first"], tmp_path / "run", "--measure_forgetting", str(data["second"]), *SHORT)
     record = read(tmp_path / "run")
     assert "forgetting" in record and record["data"]["splits"]["train"]["rows"] == 2 and record["data"]["splits"]["old"]["rows"] == 2
+
+
+def test_all_labels_of_the_old_rows_are_known_whichever_are_drawn(tiny, tmp_path, write_jsonl, capsys):
+    """Old dev rows may have labels that no row drawn has, which stopped the run."""
+    old = write_jsonl([{"text": f"word {i}", "label": f"old {i % 9}"} for i in range(90)], "old.jsonl")
+    new = write_jsonl(ROWS * 2, "new.jsonl")
+    flags = ("--task", "classify", "--replay", f"{old}:0.2", "--class_weights", "balanced", *SHORT)
+    trainer = run_recipe("full", tiny("bert"), new, tmp_path / "run", *flags)
+    record = read(tmp_path / "run")
+    counts = record["data"]["labels"]
+    unseen = [label for label, n in counts.items() if n == 0]
+    assert counts.keys() == {row["label"] for row in ROWS} | {f"old {i}" for i in range(9)} and 0 < len(unseen) < 9
+    assert record["forgetting"]["after"]["loss"] > 0 and list(trainer.model.config.label2id) == list(counts)
+    sentence = f"replay: {len(unseen)} labels of {old} have no row among those drawn, so they are not learned ({', '.join(unseen[:5])}"
+    assert sentence in capsys.readouterr().out and any(sentence in note for note in record["data"]["splits"]["train"]["notes"])
+    assert np.mean(trainer.task.train["weights"]) == pytest.approx(1)  # labels without rows don't lower the weights of the others
+
+
+def test_the_tags_of_old_rows_keep_their_order(tiny, tmp_path, write_jsonl):
+    """O comes first: it stands for what the train rows lack."""
+    old = write_jsonl([{"tokens": ["to", f"place{i}"], "tags": ["O", f"B-old{i}"]} for i in range(20)], "old.jsonl")
+    new = write_jsonl([{"tokens": ["in", "Rome"], "tags": ["O", "B-city"]}] * 8, "new.jsonl")
+    run_recipe("full", tiny("bert"), new, tmp_path / "run", "--task", "tag", "--replay", f"{old}:0.2", *SHORT)
+    labels = list(read(tmp_path / "run")["data"]["labels"])
+    assert labels[:3] == ["O", "B-city", "I-city"] and len(labels) == 3 + 2 * 18
 
 
 @pytest.mark.parametrize("words", [("--replay", "x.jsonl"), ("--replay", "x.jsonl:1.5")])

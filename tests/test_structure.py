@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "evaluation": set(),
     "cross_entropy": {"chat"},
     "losses": {"chat", "cross_entropy"},
-    "regularize": {"errors", "losses"},
+    "regularize": {"chat", "errors", "losses"},
     "batches": {"chat"},
     "cpu_attention": set(),
     "compilation": {"cpu_attention", "errors"},

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from recipes.common import args, losses, regularize
+from recipes.common import args, losses, models, regularize, tasks
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer
 
@@ -144,6 +144,48 @@ def test_the_divergence_is_that_of_the_definition():
     a, b = torch.tensor(0.7).sigmoid(), torch.tensor(-0.2).sigmoid()
     two = (a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log() + b * (b / a).log() + (1 - b) * ((1 - b) / (1 - a)).log()) / 2
     torch.testing.assert_close(regularize.divergence([yes], [no]), two)
+
+
+def test_the_divergence_counts_items_as_the_loss_does():
+    """By their weights (--class_weights, the answer to BERT's second task), and none for a row without an answer."""
+    def parts(weights, ignored=False):
+        targets = [0, losses.IGNORE if ignored else 1]
+        return [dataclasses.replace(part(logits, targets), weights=weights and torch.tensor(weights))
+                for logits in ([[1.0, 2.0], [0.5, -1.0]], [[0.0, 1.5], [2.0, 0.0]])]
+
+    def divergence(*options, **others):
+        one, other = parts(*options, **others)
+        return regularize.divergence([one], [other])
+
+    plain, first = divergence(None), divergence(None, ignored=True)
+    assert 0 < first < plain
+    torch.testing.assert_close(divergence([3.0, 0.5]), 3 * first + 0.5 * (plain - first))
+    torch.testing.assert_close(divergence([3.0, 0.5], ignored=True), 3 * first)
+
+
+def test_r_drop_weights_both_its_terms_as_the_plain_loss(tiny, tmp_path):
+    rows = [{"text": text, "label": label} for text, label in (("red", "a"), ("dark red", "a"), ("pale red", "a"), ("blue", "b"))]
+    found = {}
+    for weighting in ("none", "balanced"):
+        task = tasks.without_data(args.SharedArguments(task="classify", model=str(tiny("bert")), class_weights=weighting),
+                                  models.resolve(str(tiny("bert"))), rows)
+        set_seed(3)
+        model = task.load_model()
+        batch = task.collate(task.encode(rows, "x", training=True)[0])
+        trainer = trainer_for(model, tmp_path, task=task, r_drop=2.0)
+        model.train()
+        set_seed(1)
+        loss = trainer.compute_loss(model, batch)
+        set_seed(1)
+        [first], [second] = trainer._parts(model, batch), trainer._parts(model, batch)
+        weights = batch.get("weights", torch.ones(4))
+        assert weighting == "none" or weights.tolist() == pytest.approx([2 / 3] * 3 + [2])
+        p, q = first.log_probabilities(), second.log_probabilities()
+        nll = -(p + q)[range(4), first.targets] / 2
+        expected = (weights * (nll + 2 * ((p.exp() - q.exp()) * (p - q)).sum(1) / 2)).mean()
+        torch.testing.assert_close(loss, expected)
+        found[weighting] = loss.item()
+    assert found["none"] != pytest.approx(found["balanced"], rel=1e-4)
 
 
 def test_r_drop_adds_the_divergence_of_two_passes(tmp_path):

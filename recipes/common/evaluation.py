@@ -110,4 +110,5 @@ def print_samples(evaluation: dict, wanted: int) -> None:
     for i in spread(len(evaluation["samples"]), wanted):
         sample = evaluation["samples"][i]
         width = max(len(who) for who, _ in sample)
-        print("\n" + "\n".join(f"  {who:>{width}} | {text}" for who, text in sample))
+        below = f"\n  {'':>{width}} | "
+        print("\n" + "\n".join(f"  {who:>{width}} | {text.replace(chr(10), below)}" for who, text in sample))

@@ -53,7 +53,11 @@ class AllocateRanks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """The gradients are still there, and `state.global_step` does not count this step yet."""
-        self.tuner.update_and_allocate(state.global_step + 1)
+        step = state.global_step + 1
+        self.tuner.update_and_allocate(step)
+        if step == self.config.total_step - self.config.tfinal:
+            # The best checkpoint so far has more ranks than were asked for: from here on, the best is chosen anew.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         allocator = self.tuner.rankallocator
         for name in self.names if allocator.ipt else ():
             layer, kind = self._layer(name)
@@ -61,12 +65,12 @@ class AllocateRanks(TrainerCallback):
                 getattr(layer, f"kept_{kind}_{average}").copy_(getattr(allocator, average)[name])
 
     def on_train_end(self, args, state, control, **kwargs):
-        """The best checkpoint may be one from before the budget was met: what is saved is what its singular values say."""
+        """What is saved is what the singular values of the checkpoint that is kept say."""
         self._follow_values()
         ranks = self.report["rank_pattern"] = self.ranks()
         if state.is_world_process_zero:
             target = self.config.target_r * len(ranks)
-            late = "" if sum(ranks.values()) == target else "; the checkpoint kept is from before the budget was met"
+            late = "" if sum(ranks.values()) == target else "; the training ended before the budget was met"
             print(f"ranks: {sum(ranks.values())} in all, {target} planned, {min(ranks.values())} to {max(ranks.values())} a matrix{late}")
 
     def ranks(self) -> dict[str, int]:

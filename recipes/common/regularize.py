@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.losses import Part
 
@@ -54,7 +55,8 @@ def decay_by_layer(optimizer, named_parameters, decay: float) -> None:
 def divergence(one: list[Part], other: list[Part]) -> torch.Tensor:
     """The sum over all items of the mean of KL(p|q) and KL(q|p): R-Drop's second term (Liang et al., 2021, arXiv:2106.14448).
 
-    `one` and `other` are two passes over the same batch, with different dropout.
+    `one` and `other` are two passes over the same batch, with different dropout. As in the loss, an item counts by its weight, and one
+    without an answer not at all.
     """
     total = 0
     for p, q in zip(one, other, strict=True):
@@ -63,8 +65,8 @@ def divergence(one: list[Part], other: list[Part]) -> torch.Tensor:
             terms = (p.logits.float().sigmoid() - q.logits.float().sigmoid()) * (p.logits.float() - q.logits.float())
         else:
             log_p, log_q = p.log_probabilities(), q.log_probabilities()
-            terms = (log_p.exp() - log_q.exp()) * (log_p - log_q)
-        total = total + terms.sum() / 2
+            terms = (log_p.exp() - log_q.exp()) * (log_p - log_q) * (p.targets != IGNORE)[:, None]
+        total = total + (terms if p.weights is None else terms * p.weights[:, None]).sum() / 2
     return total
 
 

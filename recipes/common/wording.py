@@ -105,6 +105,7 @@ ZH = {
     "reference": "参考答案",
     "right": "正确答案",
     "text": "文本",
+    "text pair": "第二段文本",
     "Hardware and versions": "硬件与版本",
     "no GPU": "无 GPU",
     "{n} CPU cores": "{n} 个 CPU 核",

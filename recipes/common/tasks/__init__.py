@@ -284,6 +284,8 @@ def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) ->
         replayed = _mix_in(old, found["train"], splits["train"], shared.max_train_samples, seed)
         splits |= {"old": found["dev"]}
     facts = kind.facts(splits["train"].rows, shared)
+    if replayed and "labels" in facts:
+        _know_old_labels(old, facts, kind.facts(splits["train"].rows + found["train"].rows, shared)["labels"], splits["train"])
     if shared.train_fraction < 1:
         _draw_share(splits["train"], shared.train_fraction, shared.max_train_samples, seed)
     return _Rows(splits, replayed, facts, read)
@@ -347,6 +349,16 @@ def _mix_in(old: _Old, pool: data.Rows, train: data.Rows, limit: int | None, see
     train.files += pool.files
     train.rows = train.rows + drawn
     return {"replay": {"source": pool.source, "sha256": pool.sha256, "rows": len(pool.rows), "added": len(drawn)}}
+
+
+def _know_old_labels(old: _Old, facts: dict, every: dict, train: data.Rows) -> None:
+    """Make the labels of `facts` `every` one that the train rows and the source of --replay have, as old dev rows are scored by all of
+    them. Those without a row among the `train` rows are told: they can't be learned."""
+    missing = [label for label in every if label not in facts["labels"]]
+    facts["labels"] = {label: facts["labels"].get(label, 0) for label in every}
+    if missing:
+        train.notes.append(f"replay: {len(missing)} labels of {old.name} have no row among those drawn, so they are not learned "
+                           f"({', '.join(missing[:5])}{' ...' if missing[5:] else ''}): a larger share draws more")
 
 
 def _check_same_task(run: Path, record: dict, shared) -> None:

@@ -5,6 +5,7 @@ read alone or with the `--context_turns` turns before it.
 """
 
 import itertools
+import math
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
@@ -98,7 +99,7 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
     that is no context, loses its end. Raises `UserError`.
     """
-    mean = sum(labels.values()) / len(labels)
+    mean = sum(labels.values()) / max(sum(n > 0 for n in labels.values()), 1)  # of the labels that have rows
     balanced = training and shared.class_weights == "balanced"
     one = partial(_encode, tokenizer=tokenizer, shared=shared, index={label: i for i, label in enumerate(labels)}, training=training,
                   ended=ended, weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
@@ -280,13 +281,14 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     name, last = list(logits.items())[-1]
     right = [_right(labels[i], names, shared) for i in range(len(rows))]
     predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
-    samples = [[("text", rows[i]["text"]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
+    samples = [[*_asked(rows[i]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
                for i in evaluation.reported(len(rows), options)]
-    predictions = [{"id": row.get("id", i), "row": i, "text": row["text"], "label": right[i],
+    predictions = [{"id": row.get("id", i), "row": i, **dict(_asked(row)), "label": right[i],
                     **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
     notes, more = [*counts["sentences"]], {"slices": _slices(rows, languages, logits, labels, shared)}
     if cut is not None:
-        notes.append(f"a row whose likeliest label has less than {cut:.3f} probability is turned away as {shared.oos_label} (set on dev)")
+        notes.append(f"a row whose likeliest label has less than {_exact(cut)} probability is turned away as {shared.oos_label} "
+                     "(set on dev)")
     if shared.multi_label:
         more["report"] = metrics.multi_label_report(logits[name] > 0, labels > 0, names)
     else:
@@ -302,6 +304,20 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         row["values"] = [row["values"].get(key, np.nan) for key in headings]
     return evaluation.result(headings.values(), scored, "rows", len(rows), notes=notes, samples=samples, predictions=predictions,
                              losses=losses, signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
+
+
+def _asked(row: dict) -> list[tuple[str, str]]:
+    """What the model reads of a row, as samples and predictions show it."""
+    pair = row.get("text_pair")
+    if row.get("of_dialogue"):
+        return [*([("context", pair)] if pair else []), ("text", row["text"])]
+    return [("text", row["text"]), *([("text_pair", pair)] if pair else [])]
+
+
+def _exact(probability: float) -> str:
+    """Three digits, of what is missing to 1 where that is little: 0.574, 0.9999899."""
+    digits = max(3, 2 - math.floor(math.log10(1 - probability))) if probability < 1 else 3
+    return f"{probability:.{digits}f}"
 
 
 def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
