@@ -6,14 +6,18 @@ import itertools
 import json
 import multiprocessing
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DIALOGUES
+from safetensors.torch import load_file
 from test_generation import make, make_prompts
 from test_methods import run_recipe
 
@@ -371,8 +375,56 @@ def test_an_adapter_that_was_pickled_is_refused(tiny, data, tmp_path):
     run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--max_steps", "1")
     torch.save({}, tmp_path / "run/adapter_model.bin")
     (tmp_path / "run/adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="pickled weights .* are not loaded, as opening a pickle can run any code.*convert them: python -c"):
+    with pytest.raises(UserError, match="pickled weights .* are not loaded, as opening a pickle can run any code.*convert them") as told:
         models.load_run(tmp_path / "run")
+    convert = shlex.split(str(told.value).partition("convert them: ")[2])
+    subprocess.run([sys.executable, *convert[1:]], check=True)
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+
+
+def pickled_by_index(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"w": "weights.bin"}}), encoding="utf-8")
+    (folder / "other.safetensors").touch()
+    return "weights.bin"
+
+
+def pickled_by_config(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}), encoding="utf-8")
+    return "adapter_model.bin"
+
+
+def pickled_beside_other_tensors(folder):
+    (folder / "other.safetensors").touch()
+    return "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("pickled", [pickled_by_index, pickled_by_config, pickled_beside_other_tensors])
+def test_no_door_opens_weights_that_are_pickled(pickled, tiny, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / pickled(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "run.json").write_text(json.dumps({"recipe": "full", "task": "chat", "model": {"used": str(folder)}, "data": {},
+                                                 "shared_arguments": {}, "training_arguments": {"seed": 1}}), encoding="utf-8")
+    monkeypatch.setattr(torch, "load", None)
+    doors = (lambda: models.resolve(str(folder)), lambda: models.load_run(folder), lambda: models.load_base(folder),
+             lambda: models.source_of_run(folder, models.read_record(folder)))
+    for door in doors:
+        with pytest.raises(UserError, match="pickled weights .* are not loaded.*convert them") as told:
+            door()
+    monkeypatch.undo()
+    convert = shlex.split(str(told.value).partition("convert them: ")[2].partition(" (or")[0])
+    subprocess.run([sys.executable, *convert[1:]], check=True, cwd=tmp_path)
+    assert models.load_tokenizer(models.resolve(str(tmp_path / "NEW"))).chat_template
+
+
+def test_an_adapter_beside_a_model_is_refused(tiny, tmp_path):
+    """transformers would load the model that the adapter names."""
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another"}), encoding="utf-8")
+    with pytest.raises(UserError, match="holds an adapter beside a model, so which is meant is unclear: move adapter_config.json away"):
+        models.resolve(str(folder))
 
 
 def test_code_that_a_model_brings_along_is_not_run(tiny, data, tmp_path):

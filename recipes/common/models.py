@@ -35,7 +35,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from recipes.common import chat
 from recipes.common.checkpoints import START
@@ -49,9 +49,11 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5  # seconds to answer before the Hub counts as out of reach
 
 
-PICKLED = ("pickled weights (.bin, .pt) are not loaded, as opening a pickle can run any code in it; if you trust where they come from, "
-           "convert them: python -c \"from transformers import AutoModelForCausalLM as M; "
-           "M.from_pretrained('OLD').save_pretrained('NEW')\" (or the class that fits the model)")
+PICKLED = "pickled weights (.bin, .pt) are not loaded, as opening a pickle can run any code in it; if you trust where they come from, "
+CONVERT = ("convert them: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+           "[C.from_pretrained('{0}').save_pretrained('NEW') for C in (M, T)]\" (or the class that fits the model), and name NEW")
+CONVERT_ADAPTER = ("convert them: python -c \"import torch, safetensors.torch as s; "
+                   "s.save_file(torch.load('{0}/adapter_model.bin', map_location='cpu'), '{0}/adapter_model.safetensors')\"")
 HEADS = ("classifier", "score")  # what transformers calls a new head; PEFT trains and saves modules of these names whole
 
 
@@ -307,13 +309,16 @@ def load_run(run: str | Path, dtype=torch.float32, auto_class=AutoModelForCausal
         raise UserError(f"{run} holds no model any more, only its record: train again under a new name")
     with _damage_told(run):
         if (run / "config.json").is_file():
+            _check_weights(run, f"{run} can't be loaded", str(run))
             model = load(Source(str(run), str(run), str(run)), auto_class, dtype)
         else:
             from peft import PeftModel, PeftType
 
             import recipes.common.bottleneck  # noqa: F401  makes PEFT know the adapter method
             if not (run / "adapter_model.safetensors").is_file():
-                raise ValueError(f"adapter_model.safetensors is missing; {PICKLED}")
+                if (run / "adapter_model.bin").is_file():
+                    raise UserError(f"{run} can't be loaded: {PICKLED}{CONVERT_ADAPTER.format(run)}")
+                raise ValueError("adapter_model.safetensors is missing")
             base = load(resolve(record["model"]["used"]), auto_class, torch.float32 if merge else dtype, completed=True, **config or {})
             if record.get("method_arguments", {}).get("load_in_4bit"):
                 print(f"note: {run} was trained on the model in 4 bits; here its update is added to the model's own weights")
@@ -340,6 +345,7 @@ def keep_segments(model):
 def source_of_run(run: Path, record: dict) -> Source:
     """What a run that goes on from this one starts from: the run itself if it holds a whole model, else the model below its adapter."""
     if (run / "config.json").is_file():
+        _check_weights(run, f"--start_from {run}", str(run))
         folder = str(run.absolute())
         return Source(folder, folder, folder)
     return resolve(record["model"]["used"])
@@ -416,9 +422,36 @@ def _checked_folder(folder: Path, weights: bool) -> Path:
         raise UserError(f"--model {folder} holds an adapter, not a whole model: name the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: the folder has no config.json, so it is no Hugging Face model")
-    if weights and not any(folder.glob("*.safetensors")):
-        raise UserError(f"--model {folder}: the folder has no .safetensors weights; {PICKLED}")
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model that the adapter names, with the adapter, in silence
+        raise UserError(f"--model {folder} holds an adapter beside a model, so which is meant is unclear: move adapter_config.json away")
+    if weights:
+        _check_weights(folder, f"--model {folder}", str(folder))
     return folder
+
+
+def _check_weights(folder: Path, flag: str, name: str) -> None:
+    """Raise `UserError` unless the weights of the model in `folder` are safetensors and there by their names. `name`: what to convert.
+
+    transformers is asked for safetensors, but opens whatever an index or its config names, pickles too.
+    """
+    wrong = f"{PICKLED}{CONVERT.format(name)}"
+    try:
+        what = "config.json"
+        first = json.loads((folder / what).read_text(encoding="utf-8")).get("transformers_weights")  # instead of the names that are usual
+        what = first or next((file for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) if (folder / file).is_file()), None)
+        if what is None:
+            others = [f" but {path.name}, which is not read" for path in sorted(folder.glob("*.safetensors"))[:1]]
+            raise UserError(f"{flag}: there are no .safetensors weights{''.join(others)}; {wrong}")
+        files = {what}
+        if what.endswith(".index.json"):
+            files = set(map(str, json.loads((folder / what).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{flag}: its {what} is damaged ({error}): get the model again") from error
+    for file in sorted(files):
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{flag}: {what if file != what else 'config.json'} names {file}; {wrong}")
+        if not (folder / file).is_file():
+            raise UserError(f"{flag}: {file} is missing: get the model again")
 
 
 def _download(name: str, weights: bool) -> tuple[str, str]:
@@ -426,7 +459,10 @@ def _download(name: str, weights: bool) -> tuple[str, str]:
     wanted = HUB_FILES if weights else [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
     try:
         revision = HfApi().model_info(name, timeout=HUB_TIMEOUT).sha
-        return snapshot_download(name, revision=revision, allow_patterns=wanted), revision
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted)
+        if weights:
+            _check_weights(Path(folder), f"--model {name}", name)
+        return folder, revision
     except GatedRepoError:
         raise UserError(f"--model {name}: accept its licence on the Hub and log in first (hf auth login)") from None
     except RepositoryNotFoundError:
@@ -436,7 +472,9 @@ def _download(name: str, weights: bool) -> tuple[str, str]:
     except (HfHubHTTPError, OSError, RuntimeError, *_network_errors()) as error:
         try:
             folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
-        except (LocalEntryNotFoundError, OSError):
+            if weights:
+                _check_weights(Path(folder), f"--model {name}", name)
+        except (LocalEntryNotFoundError, OSError, UserError):
             raise HubUnreachable(
                 f"--model {name} is not in the cache and the Hugging Face Hub can't be reached ({type(error).__name__}): use a bundled "
                 "model (--model smollm2), a folder, a mirror (HF_ENDPOINT=https://...), or allow --fallback_model smollm2") from None
