@@ -20,7 +20,8 @@ A model is a folder, a bundled name (paraphrase), or a Hub id, for which the Hub
 Only what users say is altered: user turns of dialogues, `text` beside a `label`, `source` of translations, and in tag rows words outside
 of entities, one for one (synonym, noise, variant). Assistant turns never. Numbers, ids, negations and --protect words stay; a copy that
 lost one is dropped and counted, as is one too close to its row or to another copy. OUT holds the rows of DATA and then the copies, each
-with "augmented": {"from": id or row number, "method": ...}. Train files only.
+with "augmented": {"from": id or row number, "method": ...}. Train files only: set dev rows aside first, and lay them beside OUT as
+dev.jsonl, as the training draws none from rows that have copies.
 """
 
 import argparse
@@ -81,6 +82,9 @@ def main():
         print(f"{method}: {count} copies dropped: {reason}")
     write(Path(options.out), [*rows.rows, *copies])
     print(f"wrote {options.out}: {len(rows.rows)} rows and {len(copies)} copies")
+    folder = Path(options.out).absolute().parent
+    if copies and not any(path.name.lower().startswith(data.SPLITS["dev"]) for path in folder.iterdir()):
+        print(f"note: to train on it, lay a dev file of other rows beside it, such as {Path(options.out).parent / 'dev.jsonl'}")
 
 
 def parse():
