@@ -20,7 +20,8 @@ A model is a folder, a bundled name (paraphrase), or a Hub id, for which the Hub
 Only what users say is altered: user turns of dialogues, `text` beside a `label`, `source` of translations, and in tag rows words outside
 of entities, one for one (synonym, noise, variant). Assistant turns never. Numbers, ids, negations and --protect words stay; a copy that
 lost one is dropped and counted, as is one too close to its row or to another copy. OUT holds the rows of DATA and then the copies, each
-with "augmented": {"from": id or row number, "method": ...}. Train files only.
+with "augmented": {"from": id or row number, "method": ...}. Train files only: set dev rows aside first, and lay them beside OUT as
+dev.jsonl, as the training draws none from rows that have copies.
 """
 
 import argparse
@@ -81,13 +82,17 @@ def main():
         print(f"{method}: {count} copies dropped: {reason}")
     write(Path(options.out), [*rows.rows, *copies])
     print(f"wrote {options.out}: {len(rows.rows)} rows and {len(copies)} copies")
+    folder = Path(options.out).absolute().parent
+    if copies and not any(path.name.lower().startswith(data.SPLITS["dev"]) for path in folder.iterdir()):
+        print(f"note: to train on it, lay a dev file of other rows beside it, such as {Path(options.out).parent / 'dev.jsonl'}")
 
 
 def parse():
     """The command line. Raises `UserError` for what can't be obeyed, before anything is read."""
     parser = args.Parser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--data", required=True, metavar="FILE", help="the train file: JSON Lines of any task but pretrain")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write; must not exist")
+    parser.add_argument("--data", required=True, metavar="FILE",
+                        help="the train file, in any format of data/README.md, of any task but pretrain")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write; must not exist")
     parser.add_argument("--methods", default="swap,delete,noise", metavar="A,B", help="see above (default: %(default)s)")
     parser.add_argument("--per_row", type=args.positive, default=1, metavar="N", help="copies of a row by each method (default: 1)")
     parser.add_argument("--share", type=args.not_negative, default=0.1, metavar="S",
@@ -102,7 +107,7 @@ def parse():
     parser.add_argument("--paraphrase", metavar="MODEL", help="a chat model")
     parser.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="stop at a bad row, or leave it out and list it")
     options = parser.parse_args()
-    options.methods = options.methods.split(",")
+    options.methods = [method.strip() for method in options.methods.split(",")]
     if unknown := [method for method in options.methods if method not in METHODS]:
         raise UserError(f"--methods {unknown[0]} is unknown: use some of {','.join(METHODS)}")
     for flag in ("synonyms", "backtranslate", "paraphrase"):
@@ -119,6 +124,8 @@ def parse():
         if any(is_held_out(one) for one in (path, path.resolve())):
             raise UserError(f"--{flag} {path} is a dev or test file by its name: scores on altered rows would not measure the task, and "
                             "copies of them in train would give the answers away; name the train file")
+    if not options.out.endswith(".jsonl"):
+        raise UserError(f"--out {options.out}: the rows are written as JSON Lines, whatever the format of --data, so name a .jsonl file")
     if Path(options.out).exists():
         raise UserError(f"--out {options.out} exists already: name another file")
     options.protect = augment.protection([word for given in options.protect for word in words_of(given)])

@@ -56,6 +56,7 @@ class Part:
     refused: list[dict] = field(default_factory=list)  # {"row", "line" if it differs, "wrong"}
     notes: list[str] = field(default_factory=list)
     broken: str | None = None  # why the file can't be read, or not to its end
+    copies: int = 0  # rows that scripts/augment.py made of others
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,6 +219,7 @@ def read(file, check, columns: str | None, renames: dict) -> Part:
                 number = f"{record.shard}:{record.number}" if record.shard else record.number
                 if record.wrong is None:
                     part.numbers.append(number)
+                    part.copies += data.is_copy(record.row)
                     yield record.row
                 else:
                     part.refused.append({"row": number, **({"line": record.line} if record.line else {}), "wrong": record.wrong})
@@ -265,6 +267,12 @@ def hold_out(sources: list[dict[str, Part]], options) -> list:
                         "least two, as one is held out as dev", [], 1, "train")]
     if size < 2:
         return []
+    findings = []
+    for source in without:
+        try:
+            data.check_no_copies(source["train"].name, source["train"].copies)
+        except UserError as error:
+            findings.append(stops("train", error))
     chosen, start = data.held_out(size, options.dev_fraction, options.seed), 0
     for source in without:
         train = source["train"]
@@ -274,7 +282,7 @@ def hold_out(sources: list[dict[str, Part]], options) -> list:
             Part(train.name, train.rows.take([i for i, out in enumerate(taken) if out is side]),
                  [number for number, out in zip(train.numbers, taken, strict=True) if out is side]) for side in (True, False))
     print(f"dev: {len(chosen):,} of the train rows are held out (--dev_fraction {options.dev_fraction:g}, --seed {options.seed})")
-    return []
+    return findings
 
 
 def joined(parts: list[Part]) -> Part:

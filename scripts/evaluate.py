@@ -182,7 +182,8 @@ def parse(argv=None):
                         help="the run folder (--output_dir of the training); several: each alone, and together by mean probabilities")
     parser.add_argument("--data", help="a file, folder or Hub id (default: the data of the run)")
     parser.add_argument("--columns", help="rename columns of --data, NEW=OLD: source=question,target=answer")
-    parser.add_argument("--split", choices=["train", "dev", "test"], help="which rows (default: test, or dev where there is no test file)")
+    parser.add_argument("--split", metavar="SPLIT", help="which rows: train, dev or test (default: test, or dev where there is no test "
+                        "file); dev=NAME or test=NAME: that file or split of --data, whatever its name")
     parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")
@@ -201,6 +202,13 @@ def parse(argv=None):
                         help="also time N answers one at a time, and show the median (default: 0, none)")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file as well")
     options = parser.parse_args(argv)
+    options.split, equals, options.named = (options.split or "").partition("=")
+    if (options.split or equals) and options.split not in (("dev", "test") if equals else ("train", "dev", "test")):
+        parser.error(f"--split {options.split}{equals}{options.named}: choose train, dev or test, or with --data a split of another "
+                     "name, as in test=NAME")
+    if equals and not (options.data and options.named):
+        parser.error(f"--split {options.split}={options.named} names a split of other data: give --data, and its name after the =; the "
+                     "names that the run was trained with are known")
     if options.latency and processes.count() > 1:
         raise UserError(f"--latency {options.latency} needs the machine for itself, and {processes.count()} processes share it: use one")
     for flag, unused in (("length_penalty", 1), ("no_repeat_ngram_size", 0)):
@@ -229,10 +237,10 @@ def held_out_rows(options, record, kind) -> tuple[str, list[dict], str]:
         found, label = data.read(Path(options.data), check, *how), f"{other.parent.name}-{other.stem}"
     else:
         named = given if isinstance(given, str) else " ".join(given)
-        names = None if options.data else shared.split
+        names = shared.split if not options.data else f"{options.split}={options.named}" if options.named else None
         sources = data.find_all(given, split=names)
         split = options.split or ("test" if any("test" in files for files in sources) else "dev")
-        label = prefix + split
+        label = prefix + (options.named or split)
         drawn = split != "test" and any("dev" not in files for files in sources)  # held out at training time: the same draw again
         if drawn and not options.data and shared.streaming:
             raise UserError(f"{named} was streamed, so the rows held out can't be told from the others: give rows with --data FILE")

@@ -253,6 +253,7 @@ def test_dialogues(write_jsonl, tmp_path):
     dropped = [int(n) for n in re.findall(r": (\d+) copies dropped", result.out)]
     assert sum(counted) == len(copies) and sum(counted) + sum(dropped) == 2 * 4 * 2
     assert f"wrote {out}: 2 rows and {len(copies)} copies" in result.out
+    assert f"lay a dev file of other rows beside it, such as {out.parent / 'dev.jsonl'}" in result.out
 
 
 def test_labels_pairs_and_tags(write_jsonl, tmp_path):
@@ -390,6 +391,7 @@ def test_a_name_that_only_contains_test_is_a_train_file(write_jsonl, tmp_path):
     (["--methods", "synonym"], "--methods synonym and --synonyms go together"),
     (["--methods", "backtranslate"], "--methods backtranslate and --backtranslate go together"),
     (["--paraphrase", "smollm2"], "--methods paraphrase and --paraphrase go together"),
+    (["--out", "rows.jsonl.gz"], "--out rows.jsonl.gz: the rows are written as JSON Lines"),
     (["--share", "0"], "--share 0 is no share"), (["--max_similarity", "1.5"], "--max_similarity 1.5 is no share"),
     (["--per_row", "0"], "'0' is not a whole number of at least 1"), (["--langage", "en"], "--langage"),
     (["--synonyms", "nowhere.tsv", "--methods", "synonym"], "nowhere.tsv can't be read: No such file"),

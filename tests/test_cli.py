@@ -402,6 +402,20 @@ def test_a_file_is_scored_whole(run):
     refused(call("scripts/evaluate.py", "--run", run, "--data", run.parent / "train.jsonl", "--split", "dev"), "--split dev", "whole")
 
 
+def test_a_split_of_other_data_is_chosen_by_its_name(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "exams"
+    folder.mkdir()
+    shutil.copy(run.parent / "train.jsonl", folder / "spring.jsonl")
+    script = ("scripts/evaluate.py", "--run", tmp_path / "run", "--limit", "1", "--max_new_tokens", "2")
+    refused(call(*script, "--data", folder, "--split", "test=autumn"), "no such split; those there: spring")
+    refused(call(*script, "--data", folder, "--split", "test="), "--split test=", "its name after the =")
+    refused(call(*script, "--split", "test=spring"), "--split test=spring", "give --data")
+    result = call(*script, "--data", folder, "--split", "test=spring")
+    assert result.code == 0, result.err
+    assert (tmp_path / "run/predictions-exams-spring.jsonl").exists()
+
+
 def test_rows_held_out_from_data_that_changed_are_not_scored(run):
     data = run.parent / "train.jsonl"
     before = data.read_text(encoding="utf-8")

@@ -146,6 +146,12 @@ def test_a_source_that_its_weight_leaves_without_train_rows_stops_the_training(d
     assert doctor("--data", f"{one}:1", f"{two}:1", *flags)[0] == 0
 
 
+def test_copies_without_a_dev_file_stop_the_training(doctor, write_jsonl):
+    path = write_jsonl([*DIALOGUES, {**DIALOGUES[0], "augmented": {"from": 1, "method": "swap"}}])
+    status, out = doctor("--data", path)
+    assert status == 2 and f"error: the training would stop: {path} holds altered copies of its rows" in out
+
+
 # What a model makes of it
 
 

@@ -72,7 +72,8 @@ class BrokenGradient(RecipeTrainer):
 def test_a_loss_that_is_no_number_stops_and_names_the_rows(tiny, data, tmp_path):
     with pytest.raises(UserError) as stopped:
         run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *STEPS, "--per_device_train_batch_size", "1", trainer_class=BrokenLoss)
-    found = re.match(r"step 4: the loss is nan on train row (\d) \('(.*?)'\);.*--on_nan skip; (\S+) is the last", str(stopped.value))
+    found = re.match(r"step 4: the loss is nan on train row (\d) \('(.*?)'\), counted among the rows that are trained on;.*--on_nan skip; "
+                     r"(\S+) is the last", str(stopped.value))
     number, beginning, checkpoint = found.groups()
     assert checkpoint == str(tmp_path / "run/checkpoint-2")
     assert DIALOGUES[int(number) - 1]["messages"][0]["content"][:20] in beginning

@@ -633,6 +633,20 @@ def refuse(row):
     raise encoding.Refused("too odd", "mend it")
 
 
+def test_dev_rows_are_never_drawn_from_rows_that_have_copies(tmp_path):
+    rows = [*numbered(4), {**numbered(5)[4], "augmented": {"from": 1, "method": "swap"}}]
+    train, other = tmp_path / "more/train.jsonl", tmp_path / "b.jsonl"
+    train.parent.mkdir()
+    train.write_bytes(encode(rows, "jsonl"))
+    other.write_bytes(encode(numbered(4, "y"), "jsonl"))
+    with pytest.raises(UserError, match=r"train\.jsonl holds altered copies of its rows .* has no dev file: .* put it as train.jsonl into"):
+        load([str(other), str(train)], check_dialogue, 0.25, 1)
+    (train.parent / "dev.jsonl").write_bytes(encode(numbered(2, "z"), "jsonl"))
+    assert len(load([str(other), str(train.parent)], check_dialogue, 0.25, 1)["train"].rows) == 8
+    other.write_bytes(encode([{**row, "augmented": True} for row in numbered(4)], "jsonl"))  # a column of one's own
+    assert len(load(str(other), check_dialogue, 0.25, 1)["train"].rows) == 3
+
+
 def test_several_sources_without_weights_follow_each_other(tmp_path):
     names = [str(put(tmp_path, encode(numbered(n, who), form), f"{who}.{form}")) for n, who, form in ((6, "a", "csv"), (4, "b", "jsonl"))]
     splits = load(names, check_dialogue, 0.2, 0)

@@ -411,6 +411,14 @@ def test_a_stream_without_a_row_to_train_on_is_told(tmp_path):
             next(iter(stream(tmp_path / "a.jsonl", one, held_out=held_out)[0]))
 
 
+def test_a_stream_whose_dev_rows_may_have_copies_is_told(tmp_path):
+    put(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c", "augmented": {"from": 1, "method": "swap"}}])
+    one = lambda row: ({"input_ids": row["text"]}, {})  # noqa: E731
+    with pytest.raises(UserError, match=r"a\.jsonl holds altered copies of its rows"):
+        texts(stream(tmp_path / "a.jsonl", one, held_out=1), 2)
+    assert len(texts(stream(tmp_path / "a.jsonl", one), 3)[0]) == 3
+
+
 def test_a_bad_row_of_a_stream_is_told_when_it_comes(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": 5}\n')

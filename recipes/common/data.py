@@ -53,6 +53,7 @@ class Rows:
     skipped: list[str] = field(default_factory=list)  # one sentence for each row left out by on_bad_row="skip"
     notes: list[str] = field(default_factory=list)  # what the reader took for granted, changed or drew, a sentence each
     files: list[dict] = field(default_factory=list)  # of each file that was read for this split: rows read, kept, refused
+    copies: int = 0  # rows that scripts/augment.py made of others
 
 
 class Source(NamedTuple):
@@ -95,15 +96,16 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
 def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
     """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
     file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
-    skipped, context, chat = [], 0, _takes_dialogues(check)
+    skipped, context, copies, chat = [], 0, 0, _takes_dialogues(check)
     shards = [Path(shard.name).name for shard in file.shards] or [None]
     index, places, refused = {shard: i for i, shard in enumerate(shards)}, array("q"), Counter()
 
     def good() -> Iterator[dict]:
-        nonlocal context
+        nonlocal context, copies
         for record in deadline.timed(records(file, check, columns), file.name):
             if record.wrong is None:
                 context += shapes.context_turns(record.row) if chat else 0
+                copies += is_copy(record.row)
                 places.extend((index[record.shard], record.number, record.line or 0))
                 yield record.row
             elif on_bad_row == "skip":
@@ -121,7 +123,20 @@ def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", col
     kept = Counter(places[::3])
     counts = [{"name": part.name, "read": kept[i] + refused[shard], "kept": kept[i], "refused": refused[shard]}
               for i, (part, shard) in enumerate(zip(file.shards or [file], shards, strict=True))]
-    return Rows(rows, file.name, file.sha256, skipped, notes, counts)
+    return Rows(rows, file.name, file.sha256, skipped, notes, counts, copies)
+
+
+def is_copy(row: dict) -> bool:
+    """Whether scripts/augment.py made this row of another one."""
+    return isinstance(row.get("augmented"), dict) and "method" in row["augmented"]
+
+
+def check_no_copies(name: str, copies: int) -> None:
+    """Raise `UserError` if dev rows would be drawn from rows among which are copies of others."""
+    if copies:
+        raise UserError(f"{name} holds altered copies of its rows (scripts/augment.py) and has no dev file: dev rows drawn from it would "
+                        "have copies in train, and be copies, so their scores would mean nothing; put it as train.jsonl into a folder "
+                        "with a dev.jsonl of other rows")
 
 
 def load(data: str | list[str], check: Check, dev_fraction: float, seed: int, on_bad_row: str = "stop",
@@ -404,6 +419,8 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         return
     if size < 2 and without == parts:
         raise UserError(f"{parts[0]['train'].source} has one row: training needs at least two, as one is held out as dev")
+    for part in without:
+        check_no_copies(part["train"].source, part["train"].copies)
     chosen = np.zeros(size, dtype=bool)
     chosen[list(held_out(size, dev_fraction, seed))] = True
     start = 0

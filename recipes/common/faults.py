@@ -276,7 +276,8 @@ class Watch(TrainerCallback, ExportableState):
 
 
 def rows_named(batches: list[dict], dataset, tokenizer) -> str:
-    """Which rows of `dataset` (features with input_ids) the batches hold: their numbers, from 1, and how they begin.
+    """Which rows of `dataset` (features with input_ids) the batches hold: their numbers, from 1, and how they begin. The numbers are not
+    those of the file, as rows were held out, left out or drawn before, and it is said so.
 
     Batches carry no numbers, so the rows are found by their tokens. Those that were packed, are streamed or stand in a very large data set
     are told by their beginning.
@@ -293,7 +294,8 @@ def rows_named(batches: list[dict], dataset, tokenizer) -> str:
     names = [(f"{number} " if number else "") + f"({short!r})" for ids, number in found.items()
              if (short := tokenizer.decode(ids[:40], skip_special_tokens=True)[:60]) is not None]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"train row{'s' if len(names) > 1 else ''} {', '.join(names[:NAMED])}{more}"
+    counted = ", counted among the rows that are trained on" if any(found.values()) else ""
+    return f"train row{'s' if len(names) > 1 else ''} {', '.join(names[:NAMED])}{more}{counted}"
 
 
 def pieces(inputs: dict, rows: int | None) -> list[dict]:

@@ -77,6 +77,8 @@ class Stream(IterableDataset):
             kept, good = self.report["kept"], itertools.islice(self.read(self._skip), self.held_out, None)
             mixed = shuffled(good, self.shared.shuffle_buffer, random.Random(f"{self.seed} {number}"))
             for where, row in itertools.islice(mixed, self.process, None, self.processes):
+                if self.held_out:
+                    data.check_no_copies(self.report["source"], data.is_copy(row))
                 feature = self._encode(where, row)
                 if feature is not None:
                     yield feature
