@@ -381,10 +381,14 @@ def of_means(values, items=400, noise=1.0, seed=0):
 def test_what_twice_the_data_would_bring():
     drawn = statistics.draws(400, 500, 0)
     sizes = [100, 200, 400, 800]
-    falling = comparison.learning_curve("loss", dict(zip(sizes, of_means([1 + 8 * n**-0.5 for n in sizes]), strict=True)), drawn)
+    once = dict(zip(sizes, of_means([1 + 8 * n**-0.5 for n in sizes]), strict=True))
+    falling = comparison.learning_curve("loss", {n: runs * 3 for n, runs in once.items()}, drawn)
     double = falling["extrapolation"][0]
     assert double["gain"] == pytest.approx(8 * 800**-0.5 - 8 * 1600**-0.5, rel=0.1) and double["gain_low"] > 0
     assert falling["sentence"].startswith("twice the rows (1600) would lower loss by about 0.08")
+    few = comparison.learning_curve("loss", once, drawn)  # the same means, but nobody knows how much a repetition would differ
+    assert few["extrapolation"][0]["gain_low"] > 0
+    assert few["sentence"].startswith("can't tell whether more data would help: the curve has a gain in loss of 0.08")
     flat = comparison.learning_curve("loss", {n: of_means([2.0], seed=n)[0] for n in sizes}, drawn)
     assert flat["sentence"].startswith("can't tell whether more data would help")
     assert "too few for a curve" in comparison.learning_curve("loss", {1: of_means([1])[0], 2: of_means([1])[0]}, drawn)["sentence"]

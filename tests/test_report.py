@@ -244,8 +244,9 @@ def test_what_a_record_says_is_told_in_chinese():
     cases = [line for record in (early, failed, *unclear) for line in comparison.advice(record)]
     drawn, sizes = statistics.draws(400, 500, 0), [100, 200, 400, 800]
     for values in ([1 + 8 * n**-0.5 for n in sizes], [2.0] * 4, [2.0, 2.0]):
-        points = {n: runs for n, runs in zip(sizes, of_means(values), strict=False)}
-        cases.append("lora: " + comparison.learning_curve("loss", points, drawn)["sentence"])
+        for seeds in (1, comparison.SEEDS):
+            points = {n: runs * seeds for n, runs in zip(sizes, of_means(values), strict=False)}
+            cases.append("lora: " + comparison.learning_curve("loss", points, drawn)["sentence"])
     row = {"text": "write to ann@example.com", "label": "x"}
     cases += doctor.brief([row] * 3, [row], {"x": 9, "y": 1})[1]
     assert len(cases) > 12
