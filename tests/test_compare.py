@@ -388,7 +388,7 @@ def test_what_twice_the_data_would_bring():
     assert falling["sentence"].startswith("twice the rows (1600) would lower loss by about 0.08")
     few = comparison.learning_curve("loss", once, drawn)  # the same means, but nobody knows how much a repetition would differ
     assert few["extrapolation"][0]["gain_low"] > 0
-    assert few["sentence"].startswith("can't tell whether more data would help: the curve has a gain in loss of 0.08")
+    assert few["sentence"].startswith("can't tell whether more data would help: by the curve twice the rows lower loss by about 0.08")
     flat = comparison.learning_curve("loss", {n: of_means([2.0], seed=n)[0] for n in sizes}, drawn)
     assert flat["sentence"].startswith("can't tell whether more data would help")
     assert "too few for a curve" in comparison.learning_curve("loss", {1: of_means([1])[0], 2: of_means([1])[0]}, drawn)["sentence"]

@@ -106,14 +106,14 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
             **dict(zip(("gain_low", "gain_high"), statistics.interval(gain[1:]), strict=True))})
     double = curve["extrapolation"][0]
     bounds = f"[{double['gain_low']:.{kind.digits}f}, {double['gain_high']:.{kind.digits}f}]"
+    change = f"{'raise' if kind.higher_is_better else 'lower'} {kind.title} by about {double['gain']:.{kind.digits}f} {bounds}"
     # A fit never rises with data, so no gain is below 0: a curve that may as well be flat has a gain of 0 in many resamples.
     if not double["gain_low"] > 10**-kind.digits / 2:
         sentence = f"can't tell whether more data would help: what twice the rows gain in {kind.title} lies in {bounds}, which holds 0"
     elif min(map(len, points.values())) < SEEDS:
-        sentence = (f"can't tell whether more data would help: the curve has a gain in {kind.title} of {double['gain']:.{kind.digits}f} "
-                    f"{bounds} for twice the rows, but fewer than {SEEDS} seeds can't tell it from chance: --seeds {SEEDS} can")
+        sentence = (f"can't tell whether more data would help: by the curve twice the rows {change}, but fewer than {SEEDS} seeds can't "
+                    f"tell that from chance: --seeds {SEEDS} can")
     else:
-        change = f"{'raise' if kind.higher_is_better else 'lower'} {kind.title} by about {double['gain']:.{kind.digits}f} {bounds}"
         sentence = (f"twice the rows ({double['rows']}) would {change}, to about {double['value']:.{kind.digits}f}, if the curve goes on "
                     "as it did")
     return curve | {"fit": dict(zip("abc", map(float, fits[0]), strict=True)), "sentence": sentence}
