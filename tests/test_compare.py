@@ -205,6 +205,14 @@ def test_rows_that_changed_in_between_are_not_compared(compared, go, tmp_path):
         go(out, *FIRST, "--seeds", "2", "--budget", "steps:3", "--grid", "full.learning_rate=0.02")
 
 
+def test_a_reply_may_hold_a_line_separator(tmp_path):
+    lines = [{"row": 0, "reference": "one\u2028two\x85three\n", "lora": ""}, {"row": 1, "reference": "四", "lora": "\u2029"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "predictions-test.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "losses-test.json").write_text("{}", encoding="utf-8")
+    assert compare.answers(tmp_path, "test") == (lines, {})
+
+
 def test_an_interrupted_run_is_continued(go, tmp_path):
     out = tmp_path / "out"
     words = ["--recipes", "lora", "--budget", "steps:3", "--save_strategy", "steps", "--save_steps", "1"]
