@@ -256,7 +256,7 @@ def predictions(path: Path) -> tuple[list[dict], list[str]]:
 
     wrong = UserError(f"{path} holds no predictions of --task translate: name a predictions-SPLIT.jsonl that scripts/evaluate.py wrote")
     try:
-        lines = [json.loads(line) for line in read_text(path).splitlines()]
+        lines = evaluation.predictions(read_text(path))
         names = [name for name in lines[0] if name not in evaluation.COLUMNS]
         if not names or not all(line["references"] and isinstance(line[name], str) for line in lines for name in names):
             raise wrong

@@ -523,8 +523,8 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
 
 def answers(folder: Path, split: str) -> tuple[list[dict], dict]:
     """The lines of predictions-SPLIT.jsonl and the losses of losses-SPLIT.json of a scored run."""
-    lines = (folder / f"predictions-{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines], json.loads((folder / f"losses-{split}.json").read_text(encoding="utf-8"))
+    lines = evaluation.predictions((folder / f"predictions-{split}.jsonl").read_text(encoding="utf-8"))
+    return lines, json.loads((folder / f"losses-{split}.json").read_text(encoding="utf-8"))
 
 
 def add_frequencies(lines: list[dict], losses: dict, labels: dict[str, int], name: str) -> None:

@@ -205,6 +205,14 @@ def test_rows_that_changed_in_between_are_not_compared(compared, go, tmp_path):
         go(out, *FIRST, "--seeds", "2", "--budget", "steps:3", "--grid", "full.learning_rate=0.02")
 
 
+def test_a_reply_may_hold_a_line_separator(tmp_path):
+    lines = [{"row": 0, "reference": "one\u2028two\x85three\n", "lora": ""}, {"row": 1, "reference": "四", "lora": "\u2029"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "predictions-test.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "losses-test.json").write_text("{}", encoding="utf-8")
+    assert compare.answers(tmp_path, "test") == (lines, {})
+
+
 def test_an_interrupted_run_is_continued(go, tmp_path):
     out = tmp_path / "out"
     words = ["--recipes", "lora", "--budget", "steps:3", "--save_strategy", "steps", "--save_steps", "1"]
@@ -381,10 +389,14 @@ def of_means(values, items=400, noise=1.0, seed=0):
 def test_what_twice_the_data_would_bring():
     drawn = statistics.draws(400, 500, 0)
     sizes = [100, 200, 400, 800]
-    falling = comparison.learning_curve("loss", dict(zip(sizes, of_means([1 + 8 * n**-0.5 for n in sizes]), strict=True)), drawn)
+    once = dict(zip(sizes, of_means([1 + 8 * n**-0.5 for n in sizes]), strict=True))
+    falling = comparison.learning_curve("loss", {n: runs * 3 for n, runs in once.items()}, drawn)
     double = falling["extrapolation"][0]
     assert double["gain"] == pytest.approx(8 * 800**-0.5 - 8 * 1600**-0.5, rel=0.1) and double["gain_low"] > 0
     assert falling["sentence"].startswith("twice the rows (1600) would lower loss by about 0.08")
+    few = comparison.learning_curve("loss", once, drawn)  # the same means, but nobody knows how much a repetition would differ
+    assert few["extrapolation"][0]["gain_low"] > 0
+    assert few["sentence"].startswith("can't tell whether more data would help: by the curve twice the rows lower loss by about 0.08")
     flat = comparison.learning_curve("loss", {n: of_means([2.0], seed=n)[0] for n in sizes}, drawn)
     assert flat["sentence"].startswith("can't tell whether more data would help")
     assert "too few for a curve" in comparison.learning_curve("loss", {1: of_means([1])[0], 2: of_means([1])[0]}, drawn)["sentence"]

@@ -188,6 +188,7 @@ def test_a_comparison_in_which_all_failed_has_a_report(compared):
     nothing = {"metrics": {}, "best": {}, "systems": compared["systems"][-1:], "samples": [], "learning_curves": [], "grid": [],
                "model": {"requested": "gpt2", "used": None}, "hardware": None, "versions": None, "data": {}}
     page = report.render_comparison(compared | nothing)
+    assert '<td>prefix</td><td colspan="1">failed</td>' in page and ">失败</td>" in report.render_comparison(compared, "zh")
     assert check(page, COMPARISON_SECTIONS) == [] and "<svg" not in page and "used in its place" not in page
 
 
@@ -223,7 +224,7 @@ def said() -> set[str]:
 def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
     names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
-             "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy", "macro F1", "micro F1",
+             "target length", "all", "en", "zh", "test", "done", "partly", "perplexity", "accuracy", "macro F1", "micro F1",
              "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
              *doctor.PERSONAL.values()}  # of what records hold
     assert ZH.keys() - said() == names
@@ -244,8 +245,9 @@ def test_what_a_record_says_is_told_in_chinese():
     cases = [line for record in (early, failed, *unclear) for line in comparison.advice(record)]
     drawn, sizes = statistics.draws(400, 500, 0), [100, 200, 400, 800]
     for values in ([1 + 8 * n**-0.5 for n in sizes], [2.0] * 4, [2.0, 2.0]):
-        points = {n: runs for n, runs in zip(sizes, of_means(values), strict=False)}
-        cases.append("lora: " + comparison.learning_curve("loss", points, drawn)["sentence"])
+        for seeds in (1, comparison.SEEDS):
+            points = {n: runs * seeds for n, runs in zip(sizes, of_means(values), strict=False)}
+            cases.append("lora: " + comparison.learning_curve("loss", points, drawn)["sentence"])
     row = {"text": "write to ann@example.com", "label": "x"}
     cases += doctor.brief([row] * 3, [row], {"x": 9, "y": 1})[1]
     assert len(cases) > 12
@@ -298,6 +300,7 @@ def test_what_differs_is_marked_by_word_or_character(reference, answer, marked):
 
 def test_a_name_that_is_a_path_is_shortened():
     assert plots.short("/models/tiny/llama (untuned)") == "llama (untuned)" and len(plots.short("x" * 99)) == 28
+    assert plots.short("HuggingFaceTB/SmolLM2-135M-Instruct (untuned)") == "SmolLM2-135M-Inst… (untuned)"
 
 
 # scripts/report.py

@@ -56,10 +56,22 @@ class Case:
     turns: list[Turn]
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML that takes no key twice: the second would replace the first, and a rule would be gone without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:i]]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice: keep one, with all that "
+                                                        "belongs to it", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path) -> list[Case]:
     """The cases of a YAML file. Raises `UserError` that names the file, the case and the key."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--cases {path} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
     except yaml.YAMLError as error:
@@ -133,12 +145,19 @@ def _pattern(where: str, text) -> None:
 def pattern(text: str) -> re.Pattern:
     """What a text of a rule matches, within what `plain` makes of an answer."""
     if len(text) > 2 and text[0] == text[-1] == "/":
-        return re.compile(text[1:-1], re.IGNORECASE)
+        return re.compile(_plain_expression(text[1:-1]), re.IGNORECASE)
     text = plain(text)
     # Whole words, where a letter or digit of a spaced script stands at the end of the text: "PIN" is not in "shipping".
     begin, end = (r"(?<![a-z0-9_])" if text[0].isascii() and text[0].isalnum() else "",
                   r"(?![a-z0-9_])" if text[-1].isascii() and text[-1].isalnum() else "")
     return re.compile(begin + re.escape(text) + end)
+
+
+def _plain_expression(text: str) -> str:
+    """A regular expression as `plain` makes an answer: a sign of another width stands for the usual one, and means itself: ？ is a question
+    mark, and no quantifier."""
+    return "".join(re.escape(usual) if (usual := unicodedata.normalize("NFKC", sign)) != sign else sign
+                   for sign in text.replace("’", "'"))
 
 
 def plain(text: str) -> str:

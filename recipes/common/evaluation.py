@@ -1,6 +1,7 @@
 """The scores of one or several models on the same rows, in one form for all tasks: on the screen, in run.json and in the report."""
 
 import hashlib
+import json
 import math
 from collections import defaultdict
 
@@ -26,6 +27,11 @@ def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str
 def beside_columns(name: str) -> str:
     """`name`, or one that overwrites no column of the predictions, as "label-run"."""
     return f"{name}-run" if name in COLUMNS else name
+
+
+def predictions(text: str) -> list[dict]:
+    """The lines of a predictions-SPLIT.jsonl. A reply may hold a line separator (U+2028), at which str.splitlines would cut it."""
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def file_name(name: str) -> str:

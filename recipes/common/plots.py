@@ -148,7 +148,7 @@ def model_name(model: dict) -> str:
 
 
 def short(name: str) -> str:
-    """A model's name as it fits beside a picture: of a path, the last part."""
+    """A model's name as it fits beside a picture: of a path, the last part. What tells two apart, as " (untuned)", is kept."""
     path, blank, rest = name.partition(" (")
-    name = path.rstrip("/").rpartition("/")[2] + blank + rest
-    return name if len(name) <= 28 else name[:27] + "…"
+    path, rest = path.rstrip("/").rpartition("/")[2], (blank + rest)[:24]
+    return path + rest if len(path + rest) <= 28 else path[: 27 - len(rest)] + "…" + rest

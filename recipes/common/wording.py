@@ -132,8 +132,8 @@ ZH = {
     "budget": "预算",
     "items": "评测项",
     "p against the best": "与最佳相比的 p 值",
-    "better is lower": "越低越好",
-    "better is higher": "越高越好",
+    "lower is better": "越低越好",
+    "higher is better": "越高越好",
     "What more data would bring": "增加数据的收益",
     "train rows": "训练行数",
     "No learning curve: scripts/compare.py --data_fractions 0.25,0.5,1.": "没有学习曲线：scripts/compare.py --data_fractions 0.25,0.5,1。",
@@ -176,6 +176,14 @@ SENTENCES = {
         "无法判断更多数据的收益：{n} 种数据量太少，画不出曲线",
     "can't tell whether more data would help: what twice the rows gain in {metric} lies in {bounds}, which holds 0":
         "无法判断更多数据是否有用：行数加倍，{metric}的收益在 {bounds} 之间，其中含 0",
+    "can't tell whether more data would help: by the curve twice the rows raise {metric} by about {gain} {bounds}, but fewer than {n} "
+    "seeds can't tell that from chance: --seeds {enough} can":
+        "无法判断更多数据是否有用：按曲线，行数加倍会使{metric}提高约 {gain} {bounds}，但随机种子少于 {n} 个，"
+        "分不清是不是偶然：--seeds {enough} 可以",
+    "can't tell whether more data would help: by the curve twice the rows lower {metric} by about {gain} {bounds}, but fewer than {n} "
+    "seeds can't tell that from chance: --seeds {enough} can":
+        "无法判断更多数据是否有用：按曲线，行数加倍会使{metric}降低约 {gain} {bounds}，但随机种子少于 {n} 个，"
+        "分不清是不是偶然：--seeds {enough} 可以",
     "twice the rows ({rows}) would raise {metric} by about {gain} {bounds}, to about {value}, if the curve goes on as it did":
         "若曲线照此延续，行数加倍（{rows}）会使{metric}提高约 {gain} {bounds}，达到约 {value}",
     "twice the rows ({rows}) would lower {metric} by about {gain} {bounds}, to about {value}, if the curve goes on as it did":
