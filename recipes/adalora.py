@@ -3,7 +3,8 @@
     accelerate launch scripts/train.py --recipe adalora --model gpt2 --data data/customer_service --output_dir runs/adalora-gpt2
 
 The update of each frozen matrix is B diag(E) A. All start with --init_rank singular values E; those that matter least are taken away
-while training goes on, until --target_rank are left on average. E starts at zero, so training starts from the model as it is.
+while training goes on, until --target_rank are left on average. E starts at zero, so training starts from the model as it is. The best
+checkpoint is chosen among those from then on.
 
 To make your own: copy this file, change `adapt`, and run it under its new name.
 """
