@@ -50,7 +50,8 @@ def check(options) -> int:
         print(compared(own, theirs, options.against))
     if options.json:
         record = {"run": options.run, "cases": own, **({"against": {"run": options.against, "cases": others[0]}} if others else {})}
-        Path(options.json).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with errors.writing(f"--json {options.json}"):
+            Path(options.json).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return int(failed > 0)
 
 

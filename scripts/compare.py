@@ -120,13 +120,14 @@ def main():
             if plan.base and base_with is None and result["status"] == "done":
                 base_with = run
     record = collect(plan, chosen, grid, results, base_with, out)
-    from recipes.common import comparison, report, runs
+    from recipes.common import checkpoints, comparison, report, runs
 
     record["report_language"] = language
     record = redacted(record)
-    runs.write_json(out / "compare.json", record)
-    (out / "compare.md").write_text(comparison.markdown(record), encoding="utf-8")
-    (out / "report.html").write_text(report.render_comparison(runs.visible(record), record["report_language"]), encoding="utf-8")
+    with errors.writing(out):
+        runs.write_json(out / "compare.json", record)
+        checkpoints.write(out / "compare.md", comparison.markdown(record))
+        checkpoints.write(out / "report.html", report.render_comparison(runs.visible(record), record["report_language"]))
     show(record, out)
     return 0 if any(system["scores"] for system in record["systems"] if not system["base"]) else 1
 
@@ -294,8 +295,11 @@ def begin(out: Path, plan) -> None:
         now["recipes"] = then["recipes"] | now["recipes"]
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output_dir {out} holds files that are no comparison's: name a new folder")
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    from recipes.common import checkpoints
+
+    with errors.writing(f"--output_dir {out}"):
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        checkpoints.write(path, json.dumps(now, indent=2) + "\n")
 
 
 # Training and scoring, a process each
@@ -317,9 +321,9 @@ def call(command: list[str], log: Path) -> int:
         print("\nstopping after this step (once more: at once) ...", flush=True)
 
     path = os.pathsep.join(filter(None, [str(ROOT), CHILDREN.get("PYTHONPATH")]))
-    with log.open("w", encoding="utf-8") as file:
-        file.write(shlex.join(command) + "\n")
-        file.flush()
+    with errors.writing(log):
+        log.write_text(shlex.join(command) + "\n", encoding="utf-8")
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=CHILDREN | {"PYTHONPATH": path},
                                    start_new_session=True)
         before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -330,7 +334,8 @@ def call(command: list[str], log: Path) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     # accelerate launch repeats the whole command when it fails
-    log.write_text(redacted(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+    with errors.writing(log):
+        log.write_text(redacted(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
     if told:
         raise UserError("interrupted; the same command goes on from here")
     return status
@@ -392,7 +397,10 @@ def score(run: Run, result: dict, plan, out: Path, base: bool) -> None:
         print(f"FAILED: {result['error']} ({log})")
         return
     result["record"] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    done.write_text(json.dumps({"how": how, "base": base}) + "\n", encoding="utf-8")
+    from recipes.common import checkpoints
+
+    with errors.writing(folder):
+        checkpoints.write(done, json.dumps({"how": how, "base": base}) + "\n")
 
 
 # Choosing settings, on dev

@@ -149,8 +149,9 @@ def private(record):
 
 def examine(options) -> int:
     """The whole examination. Returns the exit status, raises `UserError`."""
-    from recipes.common import data, doctor, models, tasks
+    from recipes.common import data, deadline, doctor, models, tasks
 
+    deadline.limit = options.data_timeout
     shared, kind = options.shared, tasks.module(options.task)
     renames, weights = data.parse_columns(shared.columns), [source.weight for source in data.sources(shared.data)]
     if weights[0] is not None:
@@ -207,7 +208,7 @@ def examine(options) -> int:
 
 def read(file, check, columns: str | None, renames: dict) -> Part:
     """All rows of a file (a path, or a split of a Hub data set) that keep the column contract, and what is wrong with the others."""
-    from recipes.common import data, disk, formats
+    from recipes.common import data, deadline, disk, formats
 
     part = Part(str(file) if isinstance(file, Path) else file.name)
 
@@ -215,7 +216,7 @@ def read(file, check, columns: str | None, renames: dict) -> Part:
         try:
             known = file if isinstance(file, formats.File) else formats.identify(file, renames)
             part.notes += known.notes
-            for record in data.records(known, check, columns):
+            for record in deadline.timed(data.records(known, check, columns), part.name):
                 number = f"{record.shard}:{record.number}" if record.shard else record.number
                 if record.wrong is None:
                     part.numbers.append(number)

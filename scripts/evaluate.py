@@ -37,8 +37,9 @@ def main():
     errors.install()
     options = parse()
     args.check_launch()
-    from recipes.common import comparison, evaluation, models, runs, tasks
+    from recipes.common import checkpoints, comparison, deadline, evaluation, models, runs, tasks
 
+    deadline.limit = options.data_timeout
     args.meet()
     processes.meet()
     run, *others = map(Path, options.run)
@@ -47,6 +48,7 @@ def main():
         raise UserError(f"--json {options.json}: name a file in a folder that exists")
     if options.num_beams > 1 and record["task"] != "translate":
         raise UserError(f"--num_beams {options.num_beams} is for --task translate; {run} does --task {record['task']}: leave it out")
+    errors.check_writable(run)
     kind = tasks.module(record["task"])
     source, rows, label = told_here("rows", held_out_rows, options, record, kind)
     used = record["model"]["used"]
@@ -84,18 +86,20 @@ def main():
     if options.slices:
         evaluation.print_slices(scores)
     evaluation.print_samples(scores, options.samples)
-    predictions = run / f"predictions-{label}.jsonl"
-    predictions.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.pop("predictions")), encoding="utf-8")
-    losses = run / f"losses-{label}.json"
-    losses.write_text(json.dumps(runs.visible(scores.pop("losses")), ensure_ascii=False) + "\n", encoding="utf-8")
+    predictions, losses = run / f"predictions-{label}.jsonl", run / f"losses-{label}.json"
+    with errors.writing(run):
+        checkpoints.write(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scores.pop("predictions")))
+        checkpoints.write(losses, json.dumps(runs.visible(scores.pop("losses")), ensure_ascii=False) + "\n")
     if options.latency:
         scores["latency"] = latency
         for name, seconds in latency.items():
             print(f"{name}: {seconds:.3f} s an answer, one at a time")
-    if options.json:
-        Path(options.json).write_text(json.dumps(runs.visible(scores), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     record.setdefault("evaluation", {})[label] = scores
-    runs.write(run, record)
+    with errors.writing(run):
+        runs.write(run, record)
+    if options.json:
+        with errors.writing(f"--json {options.json}"):
+            Path(options.json).write_text(json.dumps(runs.visible(scores), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     talk = f"  {runs.python()} scripts/chat.py --run {run}\n" if record["task"] == "chat" else ""
     print(f"\nall answers: {predictions}; report: {run / 'report.html'}\n"
           f"next:\n{talk}"
@@ -184,6 +188,8 @@ def parse(argv=None):
     parser.add_argument("--columns", help="rename columns of --data, NEW=OLD: source=question,target=answer")
     parser.add_argument("--split", metavar="SPLIT", help="which rows: train, dev or test (default: test, or dev where there is no test "
                         "file); dev=NAME or test=NAME: that file or split of --data, whatever its name")
+    parser.add_argument("--data_timeout", type=args.whole, default=600, metavar="S",
+                        help="stop when no row has come for so many seconds (default: 600; 0: wait for ever)")
     parser.add_argument("--limit", type=args.positive, help="only the first N dialogues")
     parser.add_argument("--base", action="store_true", help="score the untuned model on the same dialogues as well")
     parser.add_argument("--max_new_tokens", type=args.positive, default=128, help="longest reply (default: 128)")

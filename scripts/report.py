@@ -21,7 +21,7 @@ from recipes.common.wording import LANGUAGES
 def main():
     errors.install()
     options = parse()
-    from recipes.common import models, report, runs
+    from recipes.common import checkpoints, models, report, runs
 
     folder = Path(options.run)
     comparison = folder / "compare.json"
@@ -31,13 +31,15 @@ def main():
         except ValueError as error:
             raise UserError(f"{comparison} is damaged ({error}): run scripts/compare.py again") from error
         record["report_language"] = options.language or record.get("report_language", "en")
-        runs.write_json(comparison, record)
-        (folder / "report.html").write_text(report.render_comparison(record, record["report_language"]), encoding="utf-8")
+        with errors.writing(folder):
+            runs.write_json(comparison, record)
+            checkpoints.write(folder / "report.html", report.render_comparison(record, record["report_language"]))
     else:
         record = models.read_record(folder)
         if options.language:
             record["report_language"] = options.language
-        runs.write(folder, record)
+        with errors.writing(folder):
+            runs.write(folder, record)
     print(f"wrote {folder / 'report.html'}")
 
 

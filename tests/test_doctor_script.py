@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from conftest import CHATML, DIALOGUES, ROOT, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recipes.common import args, chat, data, disk, models, tasks
+from recipes.common import args, chat, data, deadline, disk, formats, models, tasks
 from recipes.common.errors import UserError
 
 spec = importlib.util.spec_from_file_location("doctor_script", ROOT / "scripts/doctor.py")
@@ -331,6 +332,14 @@ def test_dev_rows_are_those_that_training_holds_out(doctor, write_jsonl, tmp_pat
         part = script.joined([source[split] for source in sources])
         assert part.rows == held_out[split].rows
         assert part.numbers == [f"{one}:{i + 1}" if (i := rows.index(row)) < 10 else f"{two}:{i - 9}" for row in part.rows]
+
+
+def test_rows_that_do_not_come_are_an_error(doctor, write_jsonl, monkeypatch):
+    records = formats.records
+    monkeypatch.setattr(formats, "records", lambda file: (time.sleep(60 * i) or row for i, row in enumerate(records(file))))
+    monkeypatch.setattr(deadline, "limit", 0)
+    status, out = doctor("--data", write_jsonl(DIALOGUES), "--data_timeout", "1")
+    assert status == 2 and "the data did not come within 1 s (--data_timeout)" in out
 
 
 def test_only_the_tokenizer_is_needed(doctor, tiny, write_jsonl, tmp_path):

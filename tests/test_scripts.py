@@ -1,5 +1,6 @@
 """train.py, evaluate.py and chat.py on tiny models, from the first command to what lies in the run folder."""
 
+import importlib.util
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from importlib.metadata import version
 
 import pytest
@@ -16,7 +18,8 @@ from test_classify import ROWS
 from test_cli import RECIPES, call, refused, shell
 from test_methods import run_recipe
 
-from recipes.common import data, models, runs
+from recipes.common import checkpoints, data, deadline, errors, formats, models, runs
+from recipes.common.errors import UserError
 
 SHORT = ["--max_length", "128", "--num_train_epochs", "2", "--logging_steps", "1"]
 HOSTILE = '<script>alert("&amp;")</script><img src=x onerror=alert(1)>'
@@ -301,6 +304,56 @@ def test_a_bad_row_in_other_data_is_told(run, write_jsonl):
     refused(result, f"{file}, row 2: broken JSON", "mend this row or take it out")
     assert "--on_bad_row" not in result.err  # a flag of the training
     assert (run / "run.json").read_bytes() == before and not list(run.glob("predictions*"))
+
+
+def main_of(script):
+    spec = importlib.util.spec_from_file_location(f"{script}_script", ROOT / f"scripts/{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_rows_to_evaluate_on_that_do_not_come_are_waited_for_no_longer_than_asked(run, write_jsonl, monkeypatch):
+    records = formats.records
+    monkeypatch.setattr(formats, "records", lambda file: (time.sleep(60 * i) or row for i, row in enumerate(records(file))))
+    monkeypatch.setattr(deadline, "limit", 0)
+    file = write_jsonl(DIALOGUES, "other.jsonl")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), "--data", str(file), "--data_timeout", "1"])
+    with pytest.raises(UserError, match=r"other\.jsonl: the data did not come within 1 s .--data_timeout"):
+        main_of("evaluate")()
+
+
+@pytest.mark.parametrize("script", ["evaluate", "report"])
+def test_a_disk_that_is_full_when_results_are_written_is_told_and_nothing_is_half_written(script, run, tmp_path, monkeypatch):
+    """Full from the first result on: what was asked before any work still fits."""
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    monkeypatch.setattr(checkpoints, "write", full)
+    flags = ["--limit", "1", "--max_new_tokens", "2"] if script == "evaluate" else ["--language", "zh"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--run", str(run), *flags])
+    with pytest.raises(UserError, match=f"{re.escape(str(run))} can't be written .No space left on device.: make room"):
+        main_of(script)()
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_run_folder_that_is_read_only_is_told_before_anything_is_scored(run, monkeypatch):
+    def refuse(**kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(errors.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(models, "load_run", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), "--limit", "1"])
+    with pytest.raises(UserError, match=f"{re.escape(str(run))} can't be written .Read-only file system"):
+        main_of("evaluate")()
+
+
+def test_a_long_chinese_name_of_a_file_is_no_longer_than_a_disk_allows(run, write_jsonl):
+    file = write_jsonl(DIALOGUES[1:2], f"{'很长的文件夹名' * 8}/{'客服对话' * 10}.jsonl")
+    result = call("scripts/evaluate.py", "--run", run, "--data", file, "--max_new_tokens", "2")
+    assert result.code == 0, result.err
+    assert len(list(run.glob("predictions-很长的文件夹名*.jsonl"))) == 1
 
 
 def test_a_label_that_the_run_does_not_know_is_told_with_its_file(tiny, tmp_path, write_jsonl):

@@ -177,9 +177,9 @@ TRAINER_DEFAULTS = {
     "report_to": ("tensorboard", "event files in the run folder; 'none' for none"),
 }
 
-# Flags that decide which rows are read and what a model makes of them; scripts/doctor.py takes the same.
+# Flags that decide which rows are read, how long they are waited for, and what a model makes of them; scripts/doctor.py takes the same.
 READING = ("data", "columns", "split", "task", "fallback_model", "max_length", "dev_fraction", "on_bad_row", "label", "context_turns",
-           "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
+           "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence", "data_timeout")
 SEED = 42  # the Trainer's default
 
 SHORT = ("classify", "tag", "translate")  # tasks whose rows are a sentence rather than a dialogue

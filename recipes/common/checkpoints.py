@@ -28,6 +28,8 @@ ASKED = "from_scratch.json"  # file in it that says what it was made of
 STAGED = re.compile(rf"(old-)?checkpoint-\d+|model|{START}")  # what stands in it; anything else is not ours, and is left alone
 LIVES = "_lives"  # how often a run that is not finished was started; the Hub's upload leaves out names that begin like this
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch.save says of a disk that is full, as it fails in the middle, at the end, and in closing what it could not end.
+TORCH_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container")
 
 # What a run may be asked otherwise when it goes on: these say where to write and what to show, never what is learned. `data` is here as
 # the rows are compared, wherever they lie.
@@ -327,12 +329,12 @@ def failure_told(what: Path, folder: Path, came_from: Path | None = None):
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch's writer tells no number; a disk that is full shows it. Any other RuntimeError is no matter of writing.
-        writing = not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+        writing = not isinstance(error, RuntimeError) or any(sign in str(error) for sign in TORCH_WRITES)
         if not writing:
             raise
         clear(folder)
         text = " ".join(str(error).split())[:200]
-        full = getattr(error, "errno", None) in FULL or re.search(r"code: (28|122|27)\b|No space left", text)
+        full = getattr(error, "errno", None) in FULL or re.search(r"(code:|os error) (28|122|27)\b|No space left", text)
         reason = "the disk is full" if full or isinstance(error, RuntimeError) else getattr(error, "strerror", None) or text
         raise UserError(f"{what} can't be written ({reason}): make room or make the folder writable; "
                         f"{_way_on(folder, came_from)}") from error

@@ -1,8 +1,11 @@
 """A user's mistake is told in one sentence, never as a traceback; several processes that meet the same error show it once."""
 
+import contextlib
 import errno
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 
 from recipes.common import processes
 from recipes.common.redaction import redacted
@@ -10,6 +13,24 @@ from recipes.common.redaction import redacted
 
 class UserError(Exception):
     """What is wrong (naming the file, row or flag) and how to mend it, in one sentence."""
+
+
+@contextlib.contextmanager
+def writing(what: Path | str):
+    """Turn a failure to write `what` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # told below, with the name in question
+            raise
+        raise UserError(f"{what} can't be written ({error.strerror}): make room there or make it writable, and give the same command "
+                        "again") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` unless something can be written into `folder`: before the work whose result is to be kept there."""
+    with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)  # a disk that is full takes a name, and no content
 
 
 def install() -> None:

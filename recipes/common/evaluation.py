@@ -35,8 +35,10 @@ def predictions(text: str) -> list[dict]:
 
 
 def file_name(name: str) -> str:
-    """`name`, or where it would be too long to be part of a file's name, its beginning and a hash of it."""
-    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    """`name`, or where it would be too long to be part of a file's name, its beginning and a hash of it. Disks count bytes: a Chinese
+    character has three."""
+    whole = name.encode()
+    return name if len(whole) <= 100 else f"{whole[:80].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 def own_name(record: dict) -> str:
