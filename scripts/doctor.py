@@ -174,7 +174,7 @@ def examine(options) -> int:
         try:
             data.drawn(train, weights)
         except UserError as error:
-            findings.append(stops("train", error))
+            findings.append(doctor.Finding("error", "not-drawn", f"the training would stop: {error}", [], 0, "train"))
     splits = {split: joined([source[split] for source in sources if split in source]) for split in data.SPLITS}
     splits = {split: part for split, part in splits.items() if part.rows}
     summary, task, encoded = {}, None, {}
@@ -273,7 +273,7 @@ def hold_out(sources: list[dict[str, Part]], options) -> list:
         try:
             data.check_no_copies(source["train"].name, source["train"].copies)
         except UserError as error:
-            findings.append(stops("train", error))
+            findings.append(Finding("error", "not-drawn", f"the training would stop: {error}", [], 0, "train"))
     chosen, start = data.held_out(size, options.dev_fraction, options.seed), 0
     for source in without:
         train = source["train"]

@@ -227,6 +227,12 @@ def test_protected_words_are_not_free():
     assert free == ["My", "voucher", "and", "golden", "dragons", "in", "壳"]
 
 
+def test_what_a_number_counts_is_not_free():
+    text = "票价50-100元，0.2小时，评分4分以上，三点钟，手机号"
+    free = "".join(word[0] for word in augment.free_words(text, augment.protection(["手机"])))
+    assert free == "票价评分以上号"
+
+
 # The command
 
 

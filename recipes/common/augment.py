@@ -1,9 +1,9 @@
 """Small alterations of what a user says: words, order, typing slips, script. Pure functions from text to text.
 
-None of them touches numbers, ids, addresses, placeholders, number words, days and months, a negation with the word that follows it, or
-the words that the user protects. `facts` lists these, so that any rewriting, a model's too, can be checked for having kept them. An
-English word and a single Chinese character are the units. After EDA (Wei and Zou, 2019, arXiv:1901.11196) and synthetic noise (Belinkov
-and Bisk, 2018, arXiv:1711.02173).
+None of them touches numbers, ids, addresses, placeholders, number words, days and months, what a number counts in Chinese (50元), a
+negation with the word that follows it, or the words that the user protects. `facts` lists all but the counted, so that any rewriting, a
+model's too, can be checked for having kept them. An English word and a single Chinese character are the units. After EDA (Wei and Zou,
+2019, arXiv:1901.11196) and synthetic noise (Belinkov and Bisk, 2018, arXiv:1711.02173).
 """
 
 import random
@@ -38,6 +38,8 @@ FACT = re.compile("|".join((
     "[¹²³¼½¾\u2070-\u2079\u2150-\u218b\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u3220-\u3229\u3280-\u3289]+",  # ①, ½, ²
     _any_of(f"{_NUMBERS} {_DATES}"), "[零〇一二两兩三四五六七八九十百千万萬亿億半]+")), re.I)
 NEGATION = re.compile(rf"{_any_of(_NEGATIONS)}|(?<![A-Za-z])[A-Za-z]+n['’]t(?![A-Za-z])|[不没沒無无别別莫勿未非否甭]", re.I)
+# What a number counts in Chinese: 50元 is no amount any more where a slip makes 50远 of it.
+UNIT = re.compile("(?:分钟|小时|点钟|公里|千米|公斤|英寸|星期|美元|[元块角分毛折点号月日年天岁时秒周人位个件张间晚米斤克寸楼层])+")
 _SAME_NUMBER = str.maketrans("兩萬億", "两万亿")
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -61,7 +63,9 @@ def facts(text: str, protect: re.Pattern) -> Counter:
 
 def free_words(text: str, protect: re.Pattern) -> list[re.Match]:
     """The words of `text` that may be altered."""
-    spans = [match.span() for pattern in (FACT, protect) for match in pattern.finditer(text)]
+    spans = [match.span() for match in FACT.finditer(text)]
+    spans += [unit.span() for _, end in spans if (unit := UNIT.match(text, end))]
+    spans += [match.span() for match in protect.finditer(text)]
     for match in NEGATION.finditer(text):
         scope = WORD.search(text, match.end())
         spans.append((match.start(), scope.end() if scope and not text[match.end():scope.start()].strip() else match.end()))

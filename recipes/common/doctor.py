@@ -53,6 +53,7 @@ REMEDIES = {
     "leak-exact": "take these rows out of one of the two splits",
     "leak-near": "look at them, and take what is the same out of one of the two splits",
     "leak-id": "take these rows out of one of the two splits, or correct the ids",
+    "not-drawn": "",  # the sentence says it
     "not-compared": "",
     **dict.fromkeys([f"personal-{kind.lower().replace('_', '-')}" for kind in KINDS],
                     "--mask_pii OUT writes a copy with placeholders in their place"),
