@@ -222,9 +222,9 @@ def said() -> set[str]:
 
 def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
-    names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
-             "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy", "macro F1", "micro F1",
-             "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
+    names = {"user", "assistant", "system", "tool", "text", "text pair", "reference", "right", "intent", "sentiment", "turn",
+             "length", "reply length", "target length", "all", "en", "zh", "test", "done", "partly", "failed", "perplexity", "accuracy",
+             "macro F1", "micro F1", "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
              *doctor.PERSONAL.values()}  # of what records hold
     assert ZH.keys() - said() == names
     assert [english for english, chinese in ZH.items() if not HAN.search(chinese)] == []
