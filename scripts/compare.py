@@ -632,7 +632,7 @@ def samples(plan, members: dict, texts: dict, results: dict) -> list[dict]:
         if plan.shared.task == "chat":
             context = [[m["role"], m["content"]] for m in rows[line["row"]]["messages"][: line["turn"]]]
         else:
-            context = [[key, line[key]] for key in ("text", "source") if key in line]
+            context = [[key, line[key]] for key in ("context", "text", "text_pair", "source") if key in line]
         reference = next(line[key] for key in ("reference", "references", "label", "tags") if key in line)
         answers = {name: own[i][model] for name, (own, model) in by.items()}
         if plan.shared.task == "tag":  # the spans: nobody can tell which word is the seventh of a row of tags

@@ -273,7 +273,7 @@ def test_when_all_fail_the_exit_status_says_so(go, broken, tmp_path):
 
 
 @pytest.mark.parametrize(("task", "kind", "row", "metrics"), [
-    ("classify", "bert", {"text": "Where is my order?", "label": "order"}, ["accuracy", "f1_macro", "loss"]),
+    ("classify", "bert", {"text": "Where is my order?", "text_pair": "Hi", "label": "order"}, ["accuracy", "f1_macro", "loss"]),
     ("tag", "bert", {"tokens": ["Friday", "is", "fine"], "tags": ["B-day", "O", "O"]}, ["f1", "loss"]),
     ("translate", "t5", {"source": "Thank you!", "target": "谢谢"}, ["bleu", "chrf", "rougeL", "loss", "perplexity"])])
 def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
@@ -292,6 +292,7 @@ def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
     assert {item_scores.METRICS[metric].title: own["scores"][metric]["mean"] for metric in metrics} == pytest.approx(
         {item_scores.METRICS[metric].title: values[item_scores.METRICS[metric].title] for metric in metrics})
     if task == "classify":  # three of each label in train and test
+        assert record["samples"][0]["context"] == [["text", "Where is my order?"], ["text_pair", "Hi"]]
         assert base[0]["scores"]["accuracy"]["mean"] == 50 and base[0]["scores"]["loss"]["mean"] == pytest.approx(np.log(2))
     if task == "tag":
         sample = record["samples"][0]

@@ -223,8 +223,8 @@ def said() -> set[str]:
 
 def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
-    names = {"user", "assistant", "system", "tool", "text", "reference", "right", "intent", "sentiment", "turn", "length", "reply length",
-             "target length", "all", "en", "zh", "test", "done", "partly", "perplexity", "accuracy", "macro F1", "micro F1",
+    names = {"user", "assistant", "system", "tool", "text", "text pair", "reference", "right", "intent", "sentiment", "turn", "length",
+             "reply length", "target length", "all", "en", "zh", "test", "done", "partly", "perplexity", "accuracy", "macro F1", "micro F1",
              "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
              *doctor.PERSONAL.values()}  # of what records hold
     assert ZH.keys() - said() == names

@@ -221,6 +221,8 @@ SENTENCES = {
     "{n} out-of-scope rows are not trained on": "{n} 行域外数据不参与训练",
     "--train_fraction {share}: {n} of {rows} train rows, drawn with seed {seed}":
         "--train_fraction {share}：训练集 {rows} 行中的 {n} 行，抽取种子 {seed}",
+    "replay: {n} labels of {source} have no row among those drawn, so they are not learned ({labels}): a larger share draws more":
+        "回放：{source} 中有 {n} 个标签没有抽到任何一行，因此学不到（{labels}）：提高比例可多抽一些",
     # what happened in an evaluation (tasks/)
     "{name}: {n} of {all} replies did not end within {tokens} tokens and were cut":
         "{name}：{all} 条回复中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
