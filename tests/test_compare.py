@@ -150,6 +150,15 @@ def test_a_failure_is_shown_and_stops_no_other(compared):
     assert re.search(r"^broken +FAILED", printed, re.M) and any("broken-seed42 failed" in line for line in record["advice"])
 
 
+def test_replies_that_were_cut_are_told(compared):
+    out, _, printed, record = compared
+    ways = [run["name"] for system in record["systems"][:2] for run in system["runs"]]
+    notes = {name: json.loads((out / name / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]["notes"] for name in ways}
+    cut = {f"{name}: {note.partition(': ')[2]}" for name, own in notes.items() for note in own if note.startswith(f"{name[:4]}: ")}
+    assert cut and cut <= set(record["notes"]) and all(f"note: {note}" in printed for note in cut)
+    assert any(re.fullmatch(r"untuned: \d+ of \d+ replies did not end within 4 tokens and were cut", note) for note in record["notes"])
+
+
 def test_the_table_fits_the_screen_and_markdown_holds_every_interval(compared):
     out, _, printed, record = compared
     table = printed[printed.index("6 dialogues from"):].split("\n\n")[1]
