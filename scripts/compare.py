@@ -513,6 +513,12 @@ def collect(plan, chosen, grid, results, base_with, out: Path) -> dict:
     if found:
         record["samples"] = samples(plan, {name: (members[0], None) for name, members in scored.items() if members}
                                     | ({base: (base_with, model)} if base else {}), texts, results)
+        for name, members in scored.items():
+            for run in members:
+                record["notes"] += cut_short(plan, results[run]["record"], evaluation.own_name(results[run]["record"]),
+                                             run.name if len(members) > 1 else name)
+        if base:
+            record["notes"] += cut_short(plan, results[base_with]["record"], model, base)
         if plan.options.budget and plan.options.budget.startswith("minutes") and "constant_with_warmup" in plan.common:
             record["notes"].append("minutes: the learning rate is constant after the warm-up, as a schedule would be cut")
         if grid and plan.dev_metric != plan.metric:
@@ -577,6 +583,12 @@ def described(run: Run, result: dict, out: Path) -> dict:
             **{key: result[key] for key in ("status", "error", "log", "reused")},
             "still_improving": comparison.still_improving(record.get("history", [])),
             **{key: record.get(key) for key in ("seconds", "steps", "tokens", "history")}, "dev": record.get("metrics")}
+
+
+def cut_short(plan, record: dict, model: str, name: str) -> list[str]:
+    """What the scoring of this model tells of its replies: how many were cut, as they did not end, or could not be written."""
+    notes = record["evaluation"][plan.split]["notes"] if plan.shared.task in args.WRITING else []
+    return [f"{name}: {note.removeprefix(f'{model}: ')}" for note in notes if note.startswith(f"{model}: ")]
 
 
 def configuration(records: list[dict]) -> dict:

@@ -254,6 +254,8 @@ def test_what_a_record_says_is_told_in_chinese():
     assert [sentence for sentence in cases if told(sentence) != sentence] == []
     assert [sentence for sentence in cases if not HAN.search(zh(sentence))] == []
     assert not re.search("[a-z]{3,}", re.sub("full|lora|prefix|untuned|seed42|no such thing|--seeds", "", "".join(map(zh, cases))))
+    assert HAN.search(zh("lora: 3 questions exceed the 96 tokens that the run's --max_length and the model's window leave; their replies "
+                         "count as empty"))
     assert zh("lora: 2 of 9 replies did not end within 8 tokens and were cut") == "lora：9 条回复中有 2 条写满 8 个词元仍未结束，被截断"
     assert zh("nobody knows this: or that") == "nobody knows this: or that"
     still = "warning: a, b and c still improved at the last evaluation: with more training the order may change"

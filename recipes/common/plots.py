@@ -58,6 +58,7 @@ def lines(series: dict[str, list[tuple[float, float]]], label: str, xlabel: str,
         colour, style = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
         marker = "o" if len(points) < 30 else None
         axes.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=3, linewidth=1.5, label=short(name))
+    axes.locator_params(axis="x", integer=True)  # there is no step 2.5
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     if len(series) > 1:

@@ -226,6 +226,9 @@ SENTENCES = {
     # what happened in an evaluation (tasks/)
     "{name}: {n} of {all} replies did not end within {tokens} tokens and were cut":
         "{name}：{all} 条回复中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
+    "{name}: {n} questions exceed the {limit} tokens that the run's --max_length and the model's window leave; their replies count as "
+    "empty":
+        "{name}：{n} 个问题超过了该运行的 --max_length 和模型窗口所留的 {limit} 个词元，其回复按空计",
     "{name}: {n} of {all} targets did not end within {tokens} tokens and were cut":
         "{name}：{all} 条译文中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
     "a row whose likeliest label has less than {cut} probability is turned away as {label} (set on dev)":
