@@ -176,7 +176,8 @@ def test_the_loss_at_the_end_is_the_mean_over_the_steps_since_the_resume(tiny, d
     assert curve(resumed, "train_loss")[4] == pytest.approx((each[3] + each[4]) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Without steps at the final ranks, AdaLoRA has one checkpoint to choose from, the last.
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "adalora"])
 def test_the_best_checkpoint_is_restored_exactly(variant, tiny, write_jsonl, tmp_path):
     recipe, *own = VARIANTS[variant]
     # Learning English makes Chinese less likely: the dev loss rises before the end.
@@ -186,6 +187,9 @@ def test_the_best_checkpoint_is_restored_exactly(variant, tiny, write_jsonl, tmp
              "--learning_rate", "0.5" if recipe == "adalora" else "0.05")  # E starts at zero and meets A and B at their first size
     trainer = run_recipe(recipe, tiny("gpt2"), tmp_path, tmp_path / "run", *flags, trainer_class=Remembers)
     scores = {step: loss for step, loss in curve(trainer, "eval_loss").items() if step in trainer.at}
+    if recipe == "adalora":  # the best of those that have the final ranks
+        config = trainer.model.peft_config["default"]
+        scores = {step: loss for step, loss in scores.items() if step >= config.total_step - config.tfinal}
     best = min(scores, key=scores.get)
     assert best != max(scores) and trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert same(trained(trainer.model), trainer.at[best])
