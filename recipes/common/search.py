@@ -69,6 +69,7 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
     shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [
         *flags, "--save_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"])
     import optuna
+    from transformers import set_seed
 
     from recipes.common import runs, tasks
     from recipes.common.trainer import RecipeTrainer, prepare
@@ -97,6 +98,7 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
             own[:] = callbacks
             for callback in callbacks:
                 trainer.add_callback(callback)
+            set_seed(training.seed)  # as a Trainer does that is given its model: dropout then draws as in the run with these settings
             return model
 
         model, own = recipe.adapt(task.load_model(method.load_in_4bit), task, method, training)
