@@ -390,8 +390,12 @@ def check_task(shared: SharedArguments, argv: list[str]) -> None:
 
 def dev_scores(shared: SharedArguments) -> list[str]:
     """The scores that each evaluation while training gives; those of written answers only where some are written."""
-    return [*(name for name in DEV_SCORES[shared.task] if name not in WRITTEN or shared.eval_generate_rows),
-            *(["f1_micro"] if shared.multi_label else []), *(["next_sentence_accuracy"] if shared.next_sentence else [])]
+    return [name for name in _dev_scores_known(shared) if name not in WRITTEN or shared.eval_generate_rows]
+
+
+def _dev_scores_known(shared: SharedArguments) -> list[str]:
+    return [*DEV_SCORES[shared.task], *(["f1_micro"] if shared.multi_label else []),
+            *(["next_sentence_accuracy"] if shared.next_sentence else [])]
 
 
 def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
@@ -401,9 +405,7 @@ def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if not best:
         return
-    there = [*DEV_SCORES[shared.task], *(["f1_micro"] if shared.multi_label else []),
-             *(["next_sentence_accuracy"] if shared.next_sentence else [])]
-    if best not in there:
+    if best not in (there := _dev_scores_known(shared)):
         raise UserError(f"--metric_for_best_model {best}: dev rows of --task {shared.task} are scored by {', '.join(there)}: name one")
     if best in WRITTEN and not shared.eval_generate_rows:
         raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
