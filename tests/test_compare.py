@@ -358,9 +358,27 @@ def test_a_search_judges_by_the_metric_that_decides(go, tiny, write_jsonl, tmp_p
     [search] = record["grid"]
     [best] = [point for point in search["points"] if point["chosen"]]
     assert search["metric"] == "accuracy" and best["value"] == max(point["value"] for point in search["points"])
-    assert {best["value"], record["systems"][0]["runs"][0]["dev"]["dev_accuracy"]} <= {0, 50, 100}  # two texts; 0-100, as on test
+    assert best["value"] == record["systems"][0]["runs"][0]["dev"]["dev_accuracy"] == 100  # not 1: as on test
     assert f"best dev accuracy {best['value']:.4f}" in printed and "settings are chosen by dev loss" not in printed
     assert search_module.judged({"eval_loss": math.nan, "eval_accuracy": 50.0}, "accuracy", -math.inf) == -math.inf
+
+
+def test_a_trial_scores_as_the_run_with_its_settings(shop, tiny, tmp_path):
+    words = ["--model", tiny("llama"), "--data", shop, "--max_length", "128", "--use_cpu", "--no_bf16", "--learning_rate", "0.1",
+             "--num_train_epochs", "5", "--early_stopping_patience", "2", "--per_device_train_batch_size", "2"]
+    done = test_cli.call("recipes/common/search.py", "--recipe", "lora", "--trials", "2", "--result", tmp_path / "x.json", *words,
+                         "--output_dir", tmp_path / "out")
+    assert done.code == 0 and not (tmp_path / "out").exists(), done.err
+    trials, ended_early = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["trials"], 0
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
+    for at, trial in enumerate(trials):
+        own = [word for name, value in trial["settings"].items() for word in (f"--{name}", value)]
+        assert test_cli.call("recipes/lora.py", *words, *own, "--output_dir", tmp_path / str(at)).code == 0
+        record = json.loads((tmp_path / str(at) / "run.json").read_text(encoding="utf-8"))
+        losses = [entry["eval_loss"] for entry in record["history"] if "eval_loss" in entry]
+        assert trial["value"] == record["metrics"]["dev_loss"] == min(losses)
+        ended_early += len(losses) < 6 and losses[-2] > min(losses)  # five epochs, and the best once more
+    assert ended_early
 
 
 def test_a_choice_by_another_score_than_the_one_that_decides_is_told(go, tmp_path):

@@ -3,8 +3,8 @@
     python -m recipes.common.search --recipe lora --trials 8 --result lora.json --data data/customer_service --max_steps 20
 
 scripts/compare.py --search starts this for each recipe. Searched are the learning rate, log-uniformly within a factor of 5 of the recipe's
-default, and each flag of the recipe whose `option` names values in `search`. Trials are judged by the dev score --metric at their end.
-Nothing is saved but the result.
+default, and each flag of the recipe whose `option` names values in `search`. Trials are judged by the dev score --metric of the checkpoint
+that a run would end with: its best, or its last with --load_best_model_at_end False. Nothing is saved but the result.
 """
 
 import argparse
@@ -66,10 +66,9 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
     Returns {"best": flag -> value, "metric", "trials": [{"settings", "value", "state"}]}. A trial that diverges counts as infinitely bad;
     one that does worse than the others after an epoch may end early (state PRUNED). Raises `UserError` if none ends well.
     """
-    shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [
-        *flags, "--save_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"])
+    shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [*flags, "--report_to", "none"])
     import optuna
-    from transformers import set_seed
+    from transformers import EarlyStoppingCallback, set_seed
 
     from recipes.common import runs, tasks
     from recipes.common.trainer import RecipeTrainer, prepare
@@ -80,6 +79,7 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
         raise UserError(f"--metric {metric} is not measured while training; dev rows are scored by {', '.join(there)}"
                         + ("; --eval_generate_rows 32 adds those of written answers" if metric in args.WRITTEN else ""))
     worst = math.inf if metric in args.LOWER_IS_BETTER else -math.inf
+    keeps_best, training.load_best_model_at_end = training.load_best_model_at_end, False  # a trial has no checkpoint to load
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with runs.start(shared, method, training):
         task = tasks.load(shared, method, training)
@@ -98,6 +98,9 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
             own[:] = callbacks
             for callback in callbacks:
                 trainer.add_callback(callback)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):
+                    callback.early_stopping_patience_counter = 0
             set_seed(training.seed)  # as a Trainer does that is given its model: dropout then draws as in the run with these settings
             return model
 
@@ -105,10 +108,19 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
         trainer = RecipeTrainer(model=model, args=training, task=task, shared=shared, train_dataset=task.train, eval_dataset=task.dev,
                                 data_collator=task.collate, processing_class=task.tokenizer, callbacks=own)
         del model  # one at a time in memory
+        trainer._save_checkpoint = lambda model, trial: None
         trainer.model_init = model_for  # the Trainer takes either a model or this; ours looks at the model it is given
+
+        def value_of(scores: dict[str, float]) -> float:
+            if keeps_best:
+                trainer._determine_best_metric(scores, None)  # which the Trainer does too, but after it asks for this value
+                scores = next((entry for entry in trainer.state.log_history
+                               if entry["step"] == trainer.state.best_global_step and "eval_loss" in entry), scores)
+            return judged(scores, metric, worst)
+
         best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, backend="optuna",
                                              direction="minimize" if worst > 0 else "maximize",
-                                             compute_objective=lambda scores: judged(scores, metric, worst),
+                                             compute_objective=value_of,
                                              sampler=optuna.samplers.TPESampler(seed=training.seed))
         if best.objective == worst:
             raise UserError("every trial diverged: lower --learning_rate, around which the search looks")
