@@ -76,6 +76,8 @@ def one_by_one(model, tokenizer, prompts, max_new_tokens: int) -> tuple[list[str
     """Replies by `generate` on each prompt alone, and the tokens written, those that end a reply included."""
     import torch
 
+    from recipes.common import generation
+
     texts, tokens = [], 0
     for ids in prompts:
         ids = torch.tensor([ids], device=model.device)
@@ -83,7 +85,7 @@ def one_by_one(model, tokenizer, prompts, max_new_tokens: int) -> tuple[list[str
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
         written = out[0, ids.shape[1]:]
         tokens += len(written)
-        texts.append(tokenizer.decode(written, skip_special_tokens=True).strip())
+        texts.append(generation.text(written.tolist(), model, tokenizer)[0])
     return texts, tokens
 
 

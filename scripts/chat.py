@@ -51,6 +51,7 @@ class Conversation:
 
             def on_finalized_text(self, text, stream_end=False):
                 text = text if self.begun else text.lstrip()  # the blank between "Assistant:" and the reply
+                text = text.removesuffix(generation.PART_OF_A_CHARACTER) if stream_end else text
                 self.begun = self.begun or bool(text)
                 print(text, end="\n" if stream_end else "", file=out, flush=True)
 
@@ -59,9 +60,11 @@ class Conversation:
         tokens = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
                                      max_new_tokens=self.max_new_tokens, **sampling,
                                      streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))[0, len(prompt):]
-        answer = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answer, cut = generation.text(tokens.tolist(), self.model, self.tokenizer)
         # Only now: an interrupted reply leaves the conversation as it was. A reply without text stays out, as no row may hold one.
         self.messages = [*asked, {"role": "assistant", "content": answer}] if answer else self.messages
+        if cut:
+            print(f"(cut at {self.max_new_tokens} tokens: --max_new_tokens allows more)", file=sys.stderr)
         if not answer:
             print("(the model said nothing; this exchange is left out of the conversation)", file=sys.stderr)
         return answer

@@ -11,7 +11,7 @@ from test_cli import call, refused, shell
 from test_methods import run_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.common import chat, dev_answers, metrics, models
+from recipes.common import chat, dev_answers, generation, metrics, models
 
 STEPS = ("--max_steps", "3", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--eval_strategy", "steps",
          "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end", "True", "--logging_steps", "1")
@@ -68,7 +68,7 @@ def test_the_scores_are_those_of_one_by_one_answers(llama, capsys):
     for prompt, _ in asked:
         out = model.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
                              max_new_tokens=8, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0)
-        answers.append(tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True).strip())
+        answers.append(generation.text(out[0, len(prompt):].tolist(), model, tokenizer)[0])
     own = [(prompt, answer if i % 2 else reference) for i, ((prompt, reference), answer) in enumerate(zip(asked, answers, strict=True))]
     expected = metrics.score_replies(answers, [reference for _, reference in own])["all"]
     found = dev_answers.score(model, tokenizer, own, 8, seconds=60)

@@ -52,7 +52,7 @@ def test_two_models_write_by_the_mean_of_their_probabilities():
             step = torch.tensor([ids])
             both = [model(input_ids=step, attention_mask=torch.ones_like(step)).logits[0, -1].softmax(-1) for model in (one, other)]
             ids.append(int((both[0] + both[1]).argmax()))
-    expected = tokenizer.decode(ids[len(prompt):], skip_special_tokens=True).strip()
+    expected, _ = generation.text(ids[len(prompt):], one, tokenizer)
     texts, _ = generation.replies(losses.Ensemble([one, other]), tokenizer, [prompt], 6)
     assert texts == [expected]
 
@@ -87,7 +87,7 @@ def test_encoder_decoders_write_together(tiny):
             while len(ids) < 9 and ids[-1] != task.tokenizer.eos_token_id:
                 both = [model(input_ids=source, decoder_input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1) for model in (one, other)]
                 ids.append(int((both[0] + both[1]).argmax()))
-        expected.append(task.tokenizer.decode(ids[1:], skip_special_tokens=True).strip())
+        expected.append(generation.text(ids[1:], one, task.tokenizer)[0])
     texts, _ = write(losses.Ensemble([one, other]), task, PAIRS)
     assert texts == expected and texts != alone[0]
 

@@ -52,7 +52,8 @@ def one_by_one(model, tokenizer, prompts, max_new_tokens):
             out = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                                  do_sample=False, max_new_tokens=max_new_tokens)[0, len(ids):].tolist()
         end = next((t for t, token in enumerate(out) if token in model.generation_config.eos_token_id), None)
-        texts.append(tokenizer.decode(out[:end], skip_special_tokens=True).strip())
+        text = tokenizer.decode(out[:end], skip_special_tokens=True)
+        texts.append((text.removesuffix("\N{REPLACEMENT CHARACTER}") if end is None else text).strip())
     return texts
 
 
@@ -112,7 +113,15 @@ def test_replies_stop_at_the_end_of_the_turn_and_the_cut_ones_are_counted(taught
     assert cut == sum(length + 1 > limit for length in lengths)  # the token that ends the turn counts as well
     assert 0 < cut < len(prompts)
     for text, reference, length in zip(texts, references, lengths, strict=True):
-        assert text == reference if length <= limit else reference.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        assert text == reference if length <= limit else reference.startswith(text)
+
+
+def test_a_reply_cut_within_a_character_ends_before_it(taught):
+    model, tokenizer = taught
+    tokens = tokenizer("退款", add_special_tokens=False)["input_ids"]  # several tokens a character
+    texts = [generation.text(tokens[:n], model, tokenizer)[0] for n in range(len(tokens) + 1)]
+    assert sorted(set(texts)) == ["", "退", "退款"] and texts == sorted(texts) and len(tokens) > 2
+    assert generation.text([tokens[0], model.generation_config.eos_token_id[0]], model, tokenizer)[0]  # not cut: the model wrote it
 
 
 def test_no_prompts_no_replies(taught):

@@ -15,6 +15,8 @@ from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, NoR
 from recipes.common import chat, faults, losses, processes
 from recipes.common.errors import UserError
 
+PART_OF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of bytes that are no whole character
+
 
 def room(model, max_new_tokens: int) -> int:
     """Tokens a prompt may have so that `max_new_tokens` more fit into the model's window, beside a prefix if it has one."""
@@ -47,7 +49,7 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
     with _bar(len(prompts), description) as bar:
         for group in _batches(_chains(prompts), batch_size):
             for i, tokens in _halving(lambda part: _generate(model, tokenizer, prompts, part, max_new_tokens), group).items():
-                texts[i], unended = _text(tokens, model, tokenizer)
+                texts[i], unended = text(tokens, model, tokenizer)
                 cut += unended
             bar.update(sum(map(len, group)))
     return texts, cut
@@ -76,7 +78,7 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
             out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
                                  length_penalty=length_penalty, logits_processor=rules or None)
             for i, tokens in zip(part, out[:, begun:].tolist(), strict=True):
-                texts[i], unended = _text(tokens, model, tokenizer)
+                texts[i], unended = text(tokens, model, tokenizer)
                 cut += unended
             bar.update(len(part))
     return texts, cut
@@ -98,7 +100,7 @@ def _together(ensemble, tokenizer, prompts, max_new_tokens: int, batch_size: int
                 written.append(ids[:, 0])
                 ended |= torch.isin(ids[:, 0], ends)
             for i, tokens in zip(part, torch.stack(written, 1).tolist(), strict=True):
-                texts[i], unended = _text(tokens, ensemble.members[0], tokenizer)
+                texts[i], unended = text(tokens, ensemble.members[0], tokenizer)
                 cut += unended
             bar.update(len(part))
     return texts, cut
@@ -175,11 +177,13 @@ def _halving(run, group: list) -> dict:
     return _halving(run, group[:half]) | _halving(run, group[half:])
 
 
-def _text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:
-    """What was written up to the token that ends it, and whether there is none."""
+def text(tokens: list[int], model, tokenizer) -> tuple[str, bool]:
+    """What was written up to the token that ends it, and whether there is none. Text that is cut loses the character it was cut within:
+    a Chinese one is often several tokens, and some of them alone are read as U+FFFD."""
     ends = model.generation_config.eos_token_id
     length = next((t for t, token in enumerate(tokens) if token in (ends if isinstance(ends, list) else [ends])), None)
-    return tokenizer.decode(tokens[:length], skip_special_tokens=True).strip(), length is None
+    written = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    return (written if length is not None else written.removesuffix(PART_OF_A_CHARACTER)).strip(), length is None
 
 
 def _chains(prompts: list[list[int]]) -> list[list[int]]:
