@@ -45,6 +45,7 @@ CONTENDERS = {
     "trainer full bf16 1x8": "plain Trainer, full fine-tuning, bf16, batch 1 x 8 accumulation",
     "trl default": "TRL SFTTrainer at its defaults, LoRA (bf16, batch 8, activation checkpointing)",
     "trl best": "TRL SFTTrainer, LoRA, bf16, batch 1 x 8 accumulation, no checkpointing",
+    "trl fp32": "the same in fp32: TRL's best on a CPU without bf16",
 }
 # Llamas with random weights: vocabulary, width, inner width, blocks, heads, heads of keys and values. 135M is the shape of SmolLM2-135M.
 SIZES = {"1M": (4096, 128, 352, 4, 4, 2), "10M": (4096, 320, 864, 8, 5, 1), "35M": (4096, 512, 1376, 12, 8, 2),
@@ -265,8 +266,10 @@ def make(name, task, shared, clock, folder, steps, step):
         return Trainer(model=model, args=TrainingArguments(**common, bf16="bf16" in words), callbacks=[clock], **data)
     from trl import SFTConfig, SFTTrainer
 
-    if name == "trl best":
+    if name != "trl default":
         common["gradient_checkpointing"] = False
+    if name == "trl fp32":
+        common["bf16"] = False
     return SFTTrainer(model=model, args=SFTConfig(**common), train_dataset=task.train, processing_class=task.tokenizer,
                       peft_config=LoraConfig(**LORA), callbacks=[clock])
 
