@@ -261,18 +261,23 @@ def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """Accuracy and F1 of the labels, by language and in all, with a report on each label; the most frequent label beside them if asked."""
     shared, names = flags(record), list(task.config["label2id"])
-    features, counts = task.encode(rows, "rows", shared.on_bad_row, outside_alone=True)
+    read = evaluation.encoded(candidates, rows, shared.on_bad_row, outside_alone=True)
+    features, counts = next(iter(read.values()))
     for sentence in counts["refused"].values():
         print(f"skipped {sentence}")
     rows = [row for number, row in enumerate(rows, start=1) if number not in counts["refused"]]
     languages = [metrics.language_of(row, row["text"]) for row in rows]
     labels = np.array(features["labels"])
-    cut = record["metrics"].get("dev_oos_threshold")
-    scored, logits, losses = [], {}, {}
-    for name, load in candidates.items():
-        sums, logits[name] = map(np.array, zip(*dataset_outputs(load(), task, features, f"Labels of {name}"), strict=True))
+    scored, logits, losses, cuts = [], {}, {}, {}
+    for name, candidate in candidates.items():
+        model = candidate.load()
+        cuts[name] = candidate.threshold
+        if candidate.dev is not None:
+            cuts[name] = _threshold_on(model, candidate, shared, f"Dev rows of {name}")
+        outputs = dataset_outputs(model, candidate.task, read[name][0], f"Labels of {name}")
+        sums, logits[name] = map(np.array, zip(*outputs, strict=True))
         losses[name] = dict(enumerate(sums.tolist()))
-        scored += _scores(name, sums, logits[name], labels, languages, shared, cut)
+        scored += _scores(name, sums, logits[name], labels, languages, shared, cuts[name])
     if options.base:
         frequent = int(np.argmax([record["data"]["labels"][label] for label in names]))
         always = np.full((len(rows), len(names)), -np.inf)
@@ -280,15 +285,17 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         scored += _scores(f"always {names[frequent]}", np.full((len(rows), 2), np.nan), always, labels, languages, shared, None)
     name, last = list(logits.items())[-1]
     right = [_right(labels[i], names, shared) for i in range(len(rows))]
-    predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
+    predicted = {name: [_predicted(row, names, shared, cuts[name]) for row in values] for name, values in logits.items()}
     samples = [[*_asked(rows[i]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
                for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, **dict(_asked(row)), "label": right[i],
                     **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
-    notes, more = [*counts["sentences"]], {"slices": _slices(rows, languages, logits, labels, shared)}
-    if cut is not None:
-        notes.append(f"a row whose likeliest label has less than {_exact(cut)} probability is turned away as {shared.oos_label} "
-                     "(set on dev)")
+    notes, more = evaluation.sentences(read), {"slices": _slices(rows, languages, logits, labels, shared)}
+    cuts = {name: cut for name, cut in cuts.items() if cut is not None}
+    for name, cut in cuts.items():
+        how = "set on dev" if candidates[name].dev is not None or len(cuts) == 1 else "as its training set it on dev"
+        notes.append(f"{f'{name}: ' if len(cuts) > 1 else ''}a row whose likeliest label has less than {_exact(cut)} probability is turned "
+                     f"away as {shared.oos_label} ({how})")
     if shared.multi_label:
         more["report"] = metrics.multi_label_report(logits[name] > 0, labels > 0, names)
     else:
@@ -299,11 +306,18 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         notes += [f"{n} times {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
     headings = {"loss": "loss", "accuracy": "accuracy", "f1_macro": "macro F1"}
     headings |= {"f1_micro": "micro F1"} if shared.multi_label else {}
-    headings |= {"kept": "kept", "oos_recall": "OOS recall"} if cut is not None else {}
+    headings |= {"kept": "kept", "oos_recall": "OOS recall"} if cuts else {}
     for row in scored:
         row["values"] = [row["values"].get(key, np.nan) for key in headings]
     return evaluation.result(headings.values(), scored, "rows", len(rows), notes=notes, samples=samples, predictions=predictions,
                              losses=losses, signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
+
+
+def _threshold_on(model, candidate, shared, description: str) -> float:
+    """`threshold` from the candidate's dev rows."""
+    features, _ = candidate.task.encode(candidate.dev, "dev rows", shared.on_bad_row, outside_alone=True)
+    logits = np.array([logits for _, logits in dataset_outputs(model, candidate.task, features, description)])
+    return threshold(logits, np.array(features["labels"]))
 
 
 def _asked(row: dict) -> list[tuple[str, str]]:
