@@ -48,7 +48,8 @@ def test_what_only_some_have_read_is_decided_by_those():
     torch.testing.assert_close(mean.log_probabilities().exp(), expected)
     first = losses.Part(short.logits, targets[:2], short.where)
     [mean] = losses.average([[first], [long]])
-    torch.testing.assert_close(mean.log_probabilities().exp()[:2], (long.log_probabilities()[:2].exp() + first.log_probabilities().exp()) / 2)
+    expected = (long.log_probabilities()[:2].exp() + first.log_probabilities().exp()) / 2
+    torch.testing.assert_close(mean.log_probabilities().exp()[:2], expected)
     with pytest.raises(UserError, match="different tokens of the same row"):
         losses.average([[long], [short]])
 

@@ -85,6 +85,7 @@ def _own(named: dict, number: int) -> dict:
 
 
 def _loss(model: losses.Ensemble, inputs: dict, members: list[tasks.Task]) -> list[losses.Part]:
-    passes = [member.loss(network, _own(inputs, number)) for number, (member, network) in enumerate(zip(members, model.members, strict=True))]
+    passes = [member.loss(network, _own(inputs, number))
+              for number, (member, network) in enumerate(zip(members, model.members, strict=True))]
     # A dialogue that is too long loses its oldest turns, any other row its end.
     return losses.average(passes, from_end=members[0].loss is losses.next_token)

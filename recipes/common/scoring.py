@@ -15,8 +15,8 @@ from recipes.common.metrics import perplexity
 def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int = 2048) -> list[tuple[np.ndarray, ...]]:
     """What `prediction_step` gives for each of `rows`, in their order and without gradients: (sums (2,), the task's own outputs ...).
 
-    Of an ensemble, `task` is what `tasks.together` makes of its members' tasks. The rows (features of the task) go through in order of their length, so that little is padded. Of several
-    processes, each takes a share, and all get the whole.
+    Of an ensemble, `task` is what `ensembles.task_of` makes of its members' tasks. The rows (features of the task) go through in order of
+    their length, so that little is padded. Of several processes, each takes a share, and all get the whole.
     """
     own = processes.share(len(rows))
     order, out, batch = sorted(own, key=lambda i: len(rows[i]["input_ids"])), {}, []

@@ -164,8 +164,8 @@ def _answer(name, model, task, rows, features, options) -> dict:
 
 
 def asked(model, task, rows, max_new_tokens: int) -> tuple[int, list[tuple]]:
-    """(the most tokens of a prompt; (row, turn, prompt) for each assistant turn, as in generation.prompts_for). Of an ensemble, the least of
-    the members' limits, and a prompt is a tuple of their own."""
+    """(the most tokens of a prompt; (row, turn, prompt) for each assistant turn, as in generation.prompts_for). Of an ensemble, the least
+    of the members' limits, and a prompt is a tuple of their own."""
     limits = [generation.limit(member, own.max_length, max_new_tokens)
               for member, own in zip(losses.members(model), task.readers(), strict=True)]
     each = [generation.prompts_for(rows, task.tokenizer, limit) for limit in limits]
