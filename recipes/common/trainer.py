@@ -31,6 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_flash_attn_2_available
 
 from recipes.common import (
@@ -275,6 +276,19 @@ class RecipeTrainer(Trainer):
             regularize.decay_by_layer(optimizer, self.model.named_parameters(), self.shared.layer_lr_decay)
         return optimizer
 
+    def create_scheduler(self, num_training_steps, *args, **kwargs):
+        """The Trainer's, with a warm-up that leaves at least the last step at the full rate; the first step of a warm-up has a rate of 0, so
+        a run of one step would learn nothing."""
+        asked, last = self.args.warmup_steps, num_training_steps - 1
+        if self.lr_scheduler is None and self.args.get_warmup_steps(num_training_steps) > last and _warms_up(self.args.lr_scheduler_type):
+            self.args.warmup_steps = last
+            self.watch.tell(f"--warmup_steps {asked:g} would be the whole training of {num_training_steps} "
+                            f"step{'s' if num_training_steps > 1 else ''}: the warm-up takes {last}")
+        try:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        finally:
+            self.args.warmup_steps = asked
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, (sums, ...), labels): `sums` are those of losses.row_sums, a row's negative log-likelihood in nats and its number of
         items; after it come the task's own outputs."""
@@ -433,6 +447,10 @@ class Timely:
 
     def __iter__(self):
         return deadline.timed(self.loader, self.what, GO_ON)
+
+
+def _warms_up(scheduler: SchedulerType) -> bool:
+    return scheduler not in (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def _named_old(scores: dict) -> dict[str, float]:
