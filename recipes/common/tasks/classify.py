@@ -56,12 +56,17 @@ def _texts(row: dict, shared, numbers):
 
 def facts(rows, shared) -> dict:
     """The labels of the train rows and how often each occurs. Raises `UserError` for fewer than two."""
-    counts = Counter(str(label) for row in rows for label in (row["label"] if shared.multi_label else [row["label"]]))
-    counts.pop(shared.oos_label, None)
+    counts = _counts(rows, shared)
     if len(counts) < 2:
         raise UserError(f"the train rows hold {'one label' if counts else 'no label'} in \"{shared.label}\" ({', '.join(counts)}): "
                         "there must be at least two to tell apart")
     return {"labels": dict(sorted(counts.items()))}
+
+
+def _counts(rows, shared) -> Counter:
+    counts = Counter(str(label) for row in rows for label in (row["label"] if shared.multi_label else [row["label"]]))
+    counts.pop(shared.oos_label, None)
+    return counts
 
 
 def make(shared, source, tokenizer, facts) -> Task:
@@ -99,10 +104,12 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
     that is no context, loses its end. Raises `UserError`.
     """
-    mean = sum(labels.values()) / max(sum(n > 0 for n in labels.values()), 1)  # of the labels that have rows
+    # Of the rows at hand: `labels` counts those of the whole file, of which --max_train_samples may leave a part.
+    own = _counts(rows, shared) if training else {}
+    mean = sum(own.values()) / max(len(own), 1)
     balanced = training and shared.class_weights == "balanced"
     one = partial(_encode, tokenizer=tokenizer, shared=shared, index={label: i for i, label in enumerate(labels)}, training=training,
-                  ended=ended, weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
+                  ended=ended, weights={label: mean / n for label, n in own.items()} if balanced else None)
     features, counts, left_out, refused = encoding.encode(rows, name, one, "row", on_bad_row, shared.preprocessing_num_workers)
     if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
@@ -113,7 +120,24 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
         "sentences": [*(_alike([*labels, shared.oos_label or ""]) if training else ()),
-                      *_sentences(counts, len(features), len(left_out), tokenizer, shared)]}
+                      *_sentences(counts, len(features), len(left_out), tokenizer, shared),
+                      *(_absent(labels, own, len(rows)) if training and not shared.replay else
+                        _none_outside(counts, len(features), shared, dev=not outside_alone) if not training else ())]}
+
+
+def _absent(labels, own: Counter, rows: int) -> list[str]:
+    """A sentence on the labels without a row among those trained on; --replay tells of them itself."""
+    absent = [label for label in labels if label not in own]
+    return [f"{len(absent)} of {len(labels)} labels have no row among these {rows}, so they are not trained on ({', '.join(absent[:5])}"
+            f"{' ...' if absent[5:] else ''})"] if absent else []
+
+
+def _none_outside(counts: Counter, kept: int, shared, dev: bool) -> list[str]:
+    """A sentence on rows to be scored none of which is out of scope. Train rows need none, as they would only be left out."""
+    if not shared.oos_label or counts["supervised"] < kept:
+        return []
+    effect = f", so the threshold will be the one that turns away {TURNED_AWAY:.0%} of the rows in scope" if dev else ""
+    return [f"no row has the label {shared.oos_label!r}, which --oos_label takes as out of scope{effect}"]
 
 
 def _alike(labels: list[str]) -> list[str]:
@@ -145,8 +169,6 @@ def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> 
         sentences.append(f"{counts['pairs']} of {counts['flat']} rows have a text_pair, the others are read without")
     if left_out:
         sentences.append(f"{left_out} out-of-scope rows are not trained on")
-    elif shared.oos_label and counts["supervised"] == kept:
-        sentences.append(f"no row has the label {shared.oos_label!r}, which --oos_label takes as out of scope")
     return sentences
 
 
