@@ -329,10 +329,10 @@ def test_run_json_gives_the_run_back(through, data, tmp_path):
         different = {key for key in first[name] if first[name][key] != again[name][key]}
         assert different <= {"output_dir", "repeats"}
     # Further flags change what is asked, and the rest stays.
-    result = call("scripts/train.py", "--config", tmp_path / "again/run.json", "--output_dir", other, "--seed", "7", "--max_steps", "1")
+    result = call("scripts/train.py", "--config", tmp_path / "again/run.json", "--output_dir", other, "--seed", "7", "--max_steps", "2")
     assert result.code == 0, result.err
     record = json.loads((other / "run.json").read_text(encoding="utf-8"))
-    assert record["training_arguments"]["seed"] == 7 and record["steps"] == 1
+    assert record["training_arguments"]["seed"] == 7 and record["steps"] == 2
     assert record["training_arguments"]["learning_rate"] == 0.01 and not record.get("events")
 
 

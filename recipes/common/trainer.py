@@ -277,8 +277,8 @@ class RecipeTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps, *args, **kwargs):
-        """The Trainer's, with a warm-up that leaves at least the last step at the full rate; the first step of a warm-up has a rate of 0, so
-        a run of one step would learn nothing."""
+        """The Trainer's, with a warm-up that leaves at least the last step at the full rate; the first step of a warm-up has a rate of 0,
+        so a run of one step would learn nothing."""
         asked, last = self.args.warmup_steps, num_training_steps - 1
         if self.lr_scheduler is None and self.args.get_warmup_steps(num_training_steps) > last and _warms_up(self.args.lr_scheduler_type):
             self.args.warmup_steps = last
