@@ -266,6 +266,10 @@ def test_early_stopping_counts_on_after_a_resume(tiny, data, tmp_path):
         run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, trainer_class=WorseAndKilled)
     trainer = run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint", trainer_class=Worse)
     assert trainer.state.global_step == 6 and trainer.state.best_global_step == 2
+    told = ("--early_stopping_patience 2: stopped after 6 of 9 steps, as no better dev loss came in 2 evaluations; the best was that of "
+            "step 2")
+    events = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["events"]
+    assert [event["event"] for event in events if event["step"] == 6] == [told]
     (tmp_path / "run/run.json").unlink()  # killed once more, after training had stopped
     trainer = run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint", trainer_class=Worse)
     assert trainer.state.global_step == 6

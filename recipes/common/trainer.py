@@ -121,12 +121,24 @@ class RecipeTrainer(Trainer):
             except pickle.UnpicklingError as error:  # torch reads optimizer.pt and its like as tensors and plain containers alone
                 raise UserError(f"{checkpoint} holds a pickle of more than tensors, which is not opened, as that can run any code in it: "
                                 "go on from a checkpoint that this project wrote, or start from its weights with --model") from error
+        self._say_if_stopped_early()
         counts = torch.tensor([[self.watch.padded, self.watch.positions]], device=self.args.device)
         padded, positions = self.accelerator.gather(counts).sum(0).tolist()
         self.padding_share = padded / positions if positions else 0.0
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
+
+    def _say_if_stopped_early(self):
+        step, last = self.state.global_step, self.state.max_steps
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and step < last:
+                count = callback.early_stopping_patience
+                if callback.early_stopping_patience_counter >= count:
+                    self.watch.tell(f"--early_stopping_patience {count}: stopped after {step} of {last} steps, as no better dev "
+                                    f"{self.args.metric_for_best_model.removeprefix('eval_')} came in {count} "
+                                    f"evaluation{'s' if count > 1 else ''}"
+                                    + (f"; the best was that of step {best}" if (best := self.state.best_global_step) else ""))
 
     def _leave_others(self, checkpoint: Path):
         # A run that goes on from an earlier checkpoint must never take up a later one, of the life that it leaves.
