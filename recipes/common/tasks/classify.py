@@ -6,6 +6,7 @@ read alone or with the `--context_turns` turns before it.
 
 import itertools
 import math
+import shlex
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
@@ -177,7 +178,7 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
     own = [str(label) for label in (row["label"] if shared.multi_label else [row["label"]])]
     if unknown := [label for label in own if label not in index and label != shared.oos_label]:
         raise encoding.Refused(f"label {unknown[0]!r} does not occur in the train rows",
-                               f"--oos_label {unknown[0]} takes it as out of scope, --on_bad_row skip leaves it out")
+                               f"--oos_label {shlex.quote(unknown[0])} takes it as out of scope, --on_bad_row skip leaves it out")
     outside = shared.oos_label in own
     if outside and training:
         return None, {}
