@@ -65,7 +65,7 @@ def test_turns_of_a_dialogue_become_rows_with_their_context():
     ({"text": "x", "label": 1.5}, {}, '"label" must be a string or a whole number'),
     ({"text": "x", "label": True}, {}, '"label" must be a string or a whole number'),
     ({"text": "x", "label": ["a"]}, {}, '"label" is a list, \'["a"]\': where a row may have several labels, give --multi_label'),
-    ({"text": "x", "label": "a"}, {"multi_label": True}, "as --multi_label says"),
+    ({"text": "x", "label": "a"}, {"multi_label": True}, 'as --multi_label says, not \'a\': write ["one", "two"], in a cell'),
     ({"text": "x", "text_pair": 3, "label": "a"}, {}, '"text_pair" must be a string'),
     (DIALOGUES[0], {"label": "intent"}, 'no turn has the key "intent"'),
     ({"messages": [{"role": "user", "content": "Hi", "sentiment": "happy", "intent": "greet"}]}, {}, "(the turns have intent, sentiment)"),
