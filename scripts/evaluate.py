@@ -29,15 +29,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from recipes.common import args, errors, processes
 from recipes.common.errors import UserError
 
-# Flags that say what a model is asked.
-READ_ALIKE = ("context_turns", "multi_label", "oos_label", "instruction", "source_prefix", "next_sentence")
-
 
 def main():
     errors.install()
     options = parse()
     args.check_launch()
-    from recipes.common import checkpoints, comparison, deadline, evaluation, models, runs, tasks
+    from recipes.common import checkpoints, comparison, deadline, ensembles, evaluation, models, runs, tasks
 
     deadline.limit = options.data_timeout
     args.meet()
@@ -53,23 +50,35 @@ def main():
     source, rows, label = told_here("rows", held_out_rows, options, record, kind)
     used = record["model"]["used"]
     dtype = models.dtype(options.dtype)
-    tokenizer = models.load_run_tokenizer(run)
-    task = tasks.of_run(record, tokenizer)
-    # Functions, so that one model at a time is in memory.
-    names = member_names([run, *others]) if others else [evaluation.own_name(record)]
-    candidates = {name: partial(models.load_run, folder, dtype, task.auto_class, task.config, merge=True)
-                  for name, folder in zip(names, (run, *others), strict=True)}
+    folders = [run, *others]
+    records = [record, *map(models.read_record, others)]
+    tokenizers = [*map(models.load_run_tokenizer, folders)]
+    ensembles.check(folders, records, tokenizers)
+    read = [tasks.of_run(own, tokenizer) for own, tokenizer in zip(records, tokenizers, strict=True)]
+    task = read[0]
+    names = member_names(folders) if others else [evaluation.own_name(record)]
+    candidates = {}
+    for name, folder, own, its in zip(names, folders, records, read, strict=True):
+        load = partial(models.load_run, folder, dtype, its.auto_class, its.config, merge=True)
+        candidates[name] = evaluation.Candidate(load, its, own["metrics"].get("dev_oos_threshold"))
+    notes = []
     if others:
-        check_members(run, others, tokenizer, record)
-        candidates["ensemble"] = partial(join, list(candidates.values()))
+        candidates["ensemble"] = evaluation.Candidate(partial(ensembles.load, [own.load for own in candidates.values()]),
+                                                      ensembles.task_of(read), *threshold_of_all(folders, records, kind, notes))
+        unlike = with_other_dev_rows(folders, records)
+        if unlike and label == "dev" and not options.data:
+            notes.append(f"{unlike} held other dev rows back than {run}, and may have been trained on the rows scored here: its scores and "
+                         "the ensemble's say nothing then; give rows that no run has seen with --data FILE")
         label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
     if options.base and kind.UNTUNED_SCORES:
         base = "start (drawn at random)" if tasks.flags(record).from_scratch else f"{used} (untuned)"
-        candidates = {base: partial(models.load_base, run, dtype, task.auto_class, task.config), **candidates}
+        untuned = partial(models.load_base, run, dtype, task.auto_class, task.config)
+        candidates = {base: evaluation.Candidate(untuned, task), **candidates}
     print(f"{len(rows)} {kind.UNIT} from {source}")
     latency = {}
     if options.latency:
-        candidates = {name: partial(timed, name, load, task, rows, record, options, latency) for name, load in candidates.items()}
+        candidates = {name: own._replace(load=partial(timed, name, own, rows, record, options, latency))
+                      for name, own in candidates.items()}
     scores = told_here(source, kind.evaluate, candidates, task, rows, record, options)
     if processes.rank():
         return
@@ -79,8 +88,7 @@ def main():
     if "dev_oos_threshold" in record["metrics"]:
         other_scale = {"accuracy", "f1_macro"}
     scores["intervals"] = comparison.intervals(record["task"], scores["predictions"], scores["losses"], other_scale)
-    if others and "dev_oos_threshold" in record["metrics"]:
-        scores["notes"].append(f"the probability below which a row is turned away is that of {run}, for every model")
+    scores["notes"] += notes
     scores["signature"] += f", {str(dtype).removeprefix('torch.')}"
     evaluation.print_table(scores)
     if options.slices:
@@ -117,8 +125,8 @@ def told_here(source: str, function, *args):
         raise UserError(text) from error
 
 
-def timed(name: str, load, task, rows: list[dict], record: dict, options, latency: dict):
-    """The model that `load` loads, after the first --latency rows were answered one at a time: `latency[name]` is the median in seconds.
+def timed(name: str, candidate, rows: list[dict], record: dict, options, latency: dict):
+    """The model of `candidate`, after the first --latency rows were answered one at a time: `latency[name]` is the median in seconds.
 
     An answer is a reply to a dialogue's last question, a written target, or the labels of a row, with the reading of the row. The first
     row is answered once more before, as a first pass is slower than those that follow.
@@ -126,12 +134,12 @@ def timed(name: str, load, task, rows: list[dict], record: dict, options, latenc
     from recipes.common import generation, tasks
     from recipes.common.scoring import dataset_outputs
 
-    model, seconds = load(), []
+    model, task, seconds = candidate.load(), candidate.task, []
     for row in [rows[0], *rows[: options.latency]]:
         start = time.perf_counter()
         if task.name == "chat":
-            limit = generation.limit(model, task.max_length, options.max_new_tokens)
-            prompts = [prompt for _, _, prompt in generation.prompts_for([row], task.tokenizer, limit)[-1:] if prompt is not None]
+            _, asked = tasks.module(task.name).asked(model, task, [row], options.max_new_tokens)
+            prompts = [prompt for _, _, prompt in asked[-1:] if prompt is not None]
             if not prompts:
                 continue
             generation.replies(model, task.tokenizer, prompts, options.max_new_tokens, 1, f"Latency of {name}")
@@ -144,11 +152,52 @@ def timed(name: str, load, task, rows: list[dict], record: dict, options, latenc
     return model
 
 
-def join(loaders):
-    """An ensemble of the models that `loaders` load, all in memory."""
-    from recipes.common.losses import Ensemble
+def threshold_of_all(folders: list[Path], records: list[dict], kind, notes: list[str]) -> tuple[float | None, list | None]:
+    """(the threshold of an ensemble for rows out of scope; else dev rows to set it by, as a single run's is: those of the first run). What
+    is to be said of it goes into `notes`.
 
-    return Ensemble([load() for load in loaders])
+    A mean of probabilities is less sure than its parts, so no member's own threshold would turn away as many.
+    """
+    from recipes.common import tasks
+
+    own = [record["metrics"].get("dev_oos_threshold") for record in records]
+    if None in own:
+        return None, None
+    try:
+        found = dev_rows(records[0], kind)
+    except (UserError, OSError) as error:
+        mean = statistics.mean(own)
+        notes.append(f"ensemble: its threshold is the mean of its members', as {folders[0]}'s dev rows are not to be had ({error}); the "
+                     "ensemble is less sure than its members, so that it turns away more")
+        return mean, None
+    if unlike := with_other_dev_rows(folders, records):
+        notes.append(f"ensemble: its threshold is set on {folders[0]}'s dev rows, and {unlike} had others: where some of them were trained "
+                     "on, it is too high")
+    return None, kind.rows(found, tasks.flags(records[0]))[: tasks.flags(records[0]).max_eval_samples]
+
+
+def with_other_dev_rows(folders: list[Path], records: list[dict]) -> str:
+    """The runs, with commas between them, whose dev rows are not those of the first run, and may be among those they were trained on."""
+    def dev(record):
+        splits, training = record["data"]["splits"], record["training_arguments"]
+        drawn = splits["dev"]["sha256"] == splits["train"]["sha256"]  # of the same file, by seed
+        return splits["dev"]["sha256"], *((training["seed"], record["shared_arguments"]["dev_fraction"]) if drawn else ())
+
+    return ", ".join(str(folder) for folder, record in zip(folders, records, strict=True) if dev(record) != dev(records[0]))
+
+
+def dev_rows(record: dict, kind) -> list[dict]:
+    """The rows of the file that a run's dev rows were. Raises `UserError` if they can't be had any more."""
+    from recipes.common import data, tasks
+
+    shared = tasks.flags(record)
+    if shared.streaming:
+        raise UserError("they were streamed")
+    found = data.load_split(shared.data, "dev", kind.check(shared), shared.dev_fraction, record["training_arguments"]["seed"],
+                            shared.on_bad_row, vars(shared).get("columns"), shared.split)
+    if found.sha256 != record["data"]["splits"]["dev"]["sha256"]:
+        raise UserError("they have changed since the training")
+    return found.rows
 
 
 def member_names(folders: list[Path]) -> list[str]:
@@ -157,26 +206,6 @@ def member_names(folders: list[Path]) -> list[str]:
 
     names = [evaluation.beside_columns(folder.resolve().name) for folder in folders]
     return names if len({*names, "ensemble"}) > len(names) else [str(folder.resolve()) for folder in folders]
-
-
-def check_members(run: Path, others: list[Path], tokenizer, record: dict) -> None:
-    """Raise `UserError` unless all runs do the same task with the same tokens and labels, so that their probabilities can be averaged."""
-    from recipes.common import models, tasks
-
-    if len({path.absolute().resolve() for path in (run, *others)}) <= len(others):
-        raise UserError("--run: the same run is named twice")
-    for other in others:
-        theirs = models.read_record(other)
-        if theirs["task"] != record["task"]:
-            raise UserError(f"--run {other} does --task {theirs['task']}, {run} --task {record['task']}: they can't answer together")
-        tokens = models.load_run_tokenizer(other)
-        if tokens.get_vocab() != tokenizer.get_vocab() or tokens.chat_template != tokenizer.chat_template:
-            raise UserError(f"--run {other} and {run} have different tokens or chat templates: they can't answer together")
-        if list(theirs["data"].get("labels", [])) != list(record["data"].get("labels", [])):
-            raise UserError(f"--run {other} and {run} know different labels: they can't answer together")
-        for flag in READ_ALIKE:
-            if getattr(tasks.flags(theirs), flag) != getattr(tasks.flags(record), flag):
-                raise UserError(f"--run {other} and {run} were trained with different --{flag}: they can't answer together")
 
 
 def parse(argv=None):

@@ -266,6 +266,10 @@ def test_early_stopping_counts_on_after_a_resume(tiny, data, tmp_path):
         run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, trainer_class=WorseAndKilled)
     trainer = run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint", trainer_class=Worse)
     assert trainer.state.global_step == 6 and trainer.state.best_global_step == 2
+    told = ("--early_stopping_patience 2: stopped after 6 of 9 steps, as no better dev loss came in 2 evaluations; the best was that of "
+            "step 2")
+    events = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["events"]
+    assert [event["event"] for event in events if event["step"] == 6] == [told]
     (tmp_path / "run/run.json").unlink()  # killed once more, after training had stopped
     trainer = run_recipe("lora", tiny("gpt2"), data, tmp_path / "run", *flags, "--resume_from_checkpoint", trainer_class=Worse)
     assert trainer.state.global_step == 6
@@ -329,10 +333,10 @@ def test_run_json_gives_the_run_back(through, data, tmp_path):
         different = {key for key in first[name] if first[name][key] != again[name][key]}
         assert different <= {"output_dir", "repeats"}
     # Further flags change what is asked, and the rest stays.
-    result = call("scripts/train.py", "--config", tmp_path / "again/run.json", "--output_dir", other, "--seed", "7", "--max_steps", "1")
+    result = call("scripts/train.py", "--config", tmp_path / "again/run.json", "--output_dir", other, "--seed", "7", "--max_steps", "2")
     assert result.code == 0, result.err
     record = json.loads((other / "run.json").read_text(encoding="utf-8"))
-    assert record["training_arguments"]["seed"] == 7 and record["steps"] == 1
+    assert record["training_arguments"]["seed"] == 7 and record["steps"] == 2
     assert record["training_arguments"]["learning_rate"] == 0.01 and not record.get("events")
 
 

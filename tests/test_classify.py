@@ -65,7 +65,7 @@ def test_turns_of_a_dialogue_become_rows_with_their_context():
     ({"text": "x", "label": 1.5}, {}, '"label" must be a string or a whole number'),
     ({"text": "x", "label": True}, {}, '"label" must be a string or a whole number'),
     ({"text": "x", "label": ["a"]}, {}, '"label" is a list, \'["a"]\': where a row may have several labels, give --multi_label'),
-    ({"text": "x", "label": "a"}, {"multi_label": True}, "as --multi_label says"),
+    ({"text": "x", "label": "a"}, {"multi_label": True}, 'as --multi_label says, not \'a\': write ["one", "two"], in a cell'),
     ({"text": "x", "text_pair": 3, "label": "a"}, {}, '"text_pair" must be a string'),
     (DIALOGUES[0], {"label": "intent"}, 'no turn has the key "intent"'),
     ({"messages": [{"role": "user", "content": "Hi", "sentiment": "happy", "intent": "greet"}]}, {}, "(the turns have intent, sentiment)"),
@@ -168,6 +168,19 @@ def test_balanced_weights_make_all_labels_alike_in_sum(tiny):
     assert "weights" not in task.encode(ROWS, "x")[0].column_names  # dev rows count alike
 
 
+def test_balanced_weights_are_those_of_the_rows_that_are_trained_on(tiny, tmp_path, write_jsonl):
+    """Of a file whose first rows are of other shares than the whole."""
+    rows = [*[{"text": f"is it {i}", "label": "a"} for i in range(3)], {"text": "no", "label": "b"},
+            *[{"text": f"not {i}", "label": "b"} for i in range(20)], {"text": "well", "label": "c"}]
+    for split in ("train", "dev"):
+        write_jsonl(rows, f"{split}.jsonl")
+    trainer = run_recipe("full", tiny("bert"), tmp_path, tmp_path / "run", "--task", "classify", "--class_weights", "balanced",
+                         "--max_train_samples", "4", "--max_steps", "1")
+    assert trainer.task.train["weights"] == pytest.approx([2 / 3] * 3 + [2])
+    [told] = [sentence for sentence in trainer.task.report["splits"]["train"]["sentences"] if "no row among" in sentence]
+    assert told == "1 of 3 labels have no row among these 4, so they are not trained on (c)"
+
+
 def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):
     rows = [*ROWS, {"text": "Sing a song", "label": "oos"}]
     task = task_for(tiny("bert"), rows=rows, oos_label="oos")
@@ -191,9 +204,10 @@ def test_what_flags_and_columns_do_not_do_is_told(tiny):
         return task_for(tiny("bert"), rows, **options).encode(rows, "x", training=training)[1]["sentences"]
 
     assert said(ROWS) == []
-    for training in (True, False):
-        assert said(ROWS, training, oos_label="oops") == ["no row has the label 'oops', which --oos_label takes as out of scope"]
-        assert not any("no row has" in sentence for sentence in said([*ROWS, {"text": "x", "label": "oops"}], training, oos_label="oops"))
+    assert said(ROWS, oos_label="oops") == []  # such rows would not be trained on either
+    assert said(ROWS, False, oos_label="oops") == ["no row has the label 'oops', which --oos_label takes as out of scope, so the threshold "
+                                                   "will be the one that turns away 5% of the rows in scope"]
+    assert not any("no row has" in sentence for sentence in said([*ROWS, {"text": "x", "label": "oops"}], False, oos_label="oops"))
     assert said(ROWS, context_turns=2) == ["6 of 6 rows are no turns of a dialogue: --context_turns changes nothing for them"]
     assert said([{**ROWS[0], "text_pair": "Hi"}, *ROWS]) == ["1 of 7 rows have a text_pair, the others are read without"]
     assert said([{**row, "text_pair": "Hi"} for row in ROWS]) == []

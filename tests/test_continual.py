@@ -123,9 +123,12 @@ def test_what_does_not_go_on_is_refused(recipe, flags, wrong, parent, data, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_a_run_is_told_by_its_own_flag(data, tmp_path):
+def test_a_folder_without_a_run_is_told_by_its_own_flag(tiny, data, tmp_path):
     with pytest.raises(UserError, match="^--start_from .*nowhere: no run.json there"):
         go_on("lora", tmp_path / "nowhere", data["first"], tmp_path / "run", *SHORT)
+    run_recipe("lora", tiny("llama"), data["first"], tmp_path / "first", "--max_steps", "1")
+    with pytest.raises(UserError, match="^--start_from .*first/checkpoint-1 is a checkpoint of a run: name the run, .*first, which"):
+        go_on("lora", tmp_path / "first" / "checkpoint-1", data["first"], tmp_path / "run", *SHORT)
 
 
 def test_labels_are_those_of_the_run_that_is_continued(tiny, tmp_path, write_jsonl):

@@ -18,7 +18,9 @@ from test_methods import run_recipe
 from test_translate import ROWS as PAIRS
 from test_translate import task_for
 
-from recipes.common import evaluation, generation, losses
+from recipes.common import evaluation, generation, losses, models, scoring, tasks
+from recipes.common.errors import UserError
+from recipes.common.tasks import classify
 
 
 def part(values, targets):
@@ -33,13 +35,33 @@ def test_the_mean_of_probabilities():
     torch.testing.assert_close(mean.logits.sigmoid()[0, 0], (torch.tensor(2.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2)
 
 
+def test_what_only_some_have_read_is_decided_by_those():
+    """A row whose two last answers all know, and one that the second model knows nothing of."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(5, 7), torch.tensor([1, 2, 3, 4, 5])
+    long = losses.Part(logits, targets, torch.tensor([[True, False, True, True], [True, True, False, False]]))
+    short = losses.Part(torch.randn(2, 7), targets[1:3], torch.tensor([[True, True], [False, False]]))
+    [mean] = losses.average([[long], [short]], from_end=True)
+    assert mean.where.sum(1).tolist() == [3, 2] and torch.equal(mean.targets, targets)
+    expected = long.log_probabilities().exp()
+    expected[1:3] = (expected[1:3] + short.log_probabilities().exp()) / 2
+    torch.testing.assert_close(mean.log_probabilities().exp(), expected)
+    first = losses.Part(short.logits, targets[:2], short.where)
+    [mean] = losses.average([[first], [long]])
+    expected = (long.log_probabilities()[:2].exp() + first.log_probabilities().exp()) / 2
+    torch.testing.assert_close(mean.log_probabilities().exp()[:2], expected)
+    with pytest.raises(UserError, match="different tokens of the same row"):
+        losses.average([[long], [short]])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["base", "lora", "prefix"])
 def test_a_model_and_itself_write_what_it_writes_alone(kind, method):
     model, tokenizer = make(kind, method)
     prompts = make_prompts(tokenizer)
     alone = generation.replies(model, tokenizer, prompts, 10)
-    assert generation.replies(losses.Ensemble([model, model]), tokenizer, prompts, 10, batch_size=3) == alone
+    twice = generation.side_by_side([prompts, prompts])
+    assert generation.replies(losses.Ensemble([model, model]), tokenizer, twice, 10, batch_size=3) == alone
     assert len(set(alone[0])) > 1
 
 
@@ -53,7 +75,7 @@ def test_two_models_write_by_the_mean_of_their_probabilities():
             both = [model(input_ids=step, attention_mask=torch.ones_like(step)).logits[0, -1].softmax(-1) for model in (one, other)]
             ids.append(int((both[0] + both[1]).argmax()))
     expected, _ = generation.text(ids[len(prompt):], one, tokenizer)
-    texts, _ = generation.replies(losses.Ensemble([one, other]), tokenizer, [prompt], 6)
+    texts, _ = generation.replies(losses.Ensemble([one, other]), tokenizer, [(prompt, prompt)], 6)
     assert texts == [expected]
 
 
@@ -72,7 +94,7 @@ def readers(tiny, count):
 
 
 def write(model, task, rows):
-    sources = [task.tokenizer(row["source"])["input_ids"] for row in rows]
+    sources = generation.side_by_side([[task.tokenizer(row["source"])["input_ids"] for row in rows]] * len(losses.members(model)))
     return generation.write(model, task.tokenizer, sources, generation.right_pad, 8, 3, 1, "Targets")
 
 
@@ -95,11 +117,11 @@ def test_encoder_decoders_write_together(tiny):
 def test_what_the_first_encoder_decoder_may_not_write_stays_forbidden(tiny):
     task, (one, other) = readers(tiny, 2)
     ids, mask = generation.right_pad([task.tokenizer(row["source"])["input_ids"] for row in PAIRS], task.tokenizer.pad_token_id)
-    join = generation._Join([other], ids, mask)
+    join = generation._Join([other], [(ids, mask)])
     scores = torch.randn(len(PAIRS), one.config.vocab_size)
     favourite = int(join(torch.zeros(len(PAIRS), 1, dtype=torch.long), scores)[0].argmax())
     scores[:, favourite] = -torch.inf
-    join = generation._Join([other], ids, mask)
+    join = generation._Join([other], [(ids, mask)])
     assert (join(torch.zeros(len(PAIRS), 1, dtype=torch.long), scores)[:, favourite] == -torch.inf).all()
 
 
@@ -139,6 +161,124 @@ def test_labels_by_the_mean_of_probabilities(tiny, tmp_path, write_jsonl):
     (folders[1] / "run.json").write_text(json.dumps(changed), encoding="utf-8")
     result = call("scripts/evaluate.py", "--run", folders[0], "--run", folders[1])
     assert result.code == 1 and "different --context_turns" in result.err
+
+
+def evaluated(*folders, **flags):
+    """(the scores, the losses and the answers of `folders` together, the notes)"""
+    words = [str(word) for folder in folders for word in ("--run", folder)]
+    words += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    result = call("scripts/evaluate.py", *words, "--dtype", "float32")
+    assert result.code == 0, result.err
+    [*_, (label, scores)] = read(folders[0])["evaluation"].items()
+    lines = [json.loads(line) for line in (folders[0] / f"predictions-{label}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return scores, json.loads((folders[0] / f"losses-{label}.json").read_text(encoding="utf-8")), lines
+
+
+@pytest.fixture
+def unequal(tiny, tmp_path, write_jsonl):
+    """Two runs of a task that hold rows of other lengths: made("classify", recipes, train rows, dev rows, test rows, flags)."""
+    def make(recipes, kinds, splits, *flags, lengths=(12, 64)):
+        folder = tmp_path / "data"
+        for name, rows in splits.items():
+            write_jsonl(rows, f"data/{name}.jsonl")
+        out = [tmp_path / name for name in ("one", "two")]
+        for recipe, kind, run, length in zip(recipes, kinds, out, lengths, strict=True):
+            run_recipe(recipe, tiny(kind), folder, run, "--max_length", str(length), "--seed", str(length), *flags, *SHORT)
+        return out
+    return make
+
+
+OUTSIDE = [{"text": "Sing a song", "label": "oos"}, {"text": "写首诗" * 9, "label": "oos"}]
+LONG = [{"text": f"{row['text']} " * 6, "label": row["label"]} for row in ROWS]
+
+
+def mean_of(logits):
+    return np.log(np.mean([np.exp(own - own.max(1, keepdims=True)) / np.exp(own - own.max(1, keepdims=True)).sum(1, keepdims=True)
+                           for own in logits], 0))
+
+
+def alone(run, rows):
+    """The logits of a run on rows, read as it was trained to."""
+    task = tasks.of_run(read(run), models.load_run_tokenizer(run))
+    features, _ = task.encode(rows, "rows", outside_alone=True)
+    model = models.load_run(run, torch.float32, task.auto_class, task.config, merge=True)
+    return np.array([own for _, own in scoring.dataset_outputs(model, task, features, "x")]), np.array(features["labels"])
+
+
+@pytest.mark.parametrize("kinds", [("bert", "bert"), ("bert", "gpt2")])
+def test_each_member_reads_as_much_as_it_did_and_the_threshold_is_that_of_the_mean(unequal, kinds):
+    runs = unequal(("full", "lora"), kinds, {"train": LONG, "dev": [*ROWS, *LONG, *OUTSIDE], "test": [*LONG, *OUTSIDE]},
+                   "--task", "classify", "--oos_label", "oos")
+    apart = [evaluated(run) for run in runs]
+    scores, sums, lines = evaluated(*runs)
+    for name, (own, nll, answers) in zip(("one", "two"), apart, strict=True):
+        recipe = read(runs[name == "two"])["recipe"]
+        for row, pair in nll[recipe].items():
+            np.testing.assert_allclose(sums[name][row], pair, rtol=1e-4, atol=1e-6)
+        assert [line[name] for line in lines] == [line[recipe] for line in answers]
+        np.testing.assert_allclose([row["values"] for row in scores["table"] if row["model"] == name],
+                                   [row["values"] for row in own["table"]], rtol=1e-4)
+    [on_test, labels], [on_dev, dev_labels] = ([mean_of([alone(run, rows)[0] for run in runs]), alone(runs[0], rows)[1]]
+                                               for rows in ([*LONG, *OUTSIDE], [*ROWS, *LONG, *OUTSIDE]))
+    cut = classify.threshold(on_dev, dev_labels)
+    names = list(read(runs[0])["data"]["labels"])
+    expected = ["oos" if sure < cut else names[best] for sure, best in zip(np.exp(on_test).max(1), on_test.argmax(1), strict=True)]
+    assert [line["ensemble"] for line in lines] == expected
+    thresholds = [read(run)["metrics"]["dev_oos_threshold"] for run in runs]
+    assert all(f"less than {classify._exact(own)} probability" in " ".join(scores["notes"]) for own in [*thresholds, cut])
+    (runs[0].parent / "data/dev.jsonl").write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    scores, _, _ = evaluated(*runs)
+    told = " ".join(scores["notes"])
+    assert f"less than {classify._exact(np.mean(thresholds))} probability" in told and "they have changed since the training" in told
+
+
+def test_dialogues_are_cut_for_each_member_as_it_was_trained(unequal, data):  # noqa: F811
+    rows = [json.loads(line) for name in ("first", "second") for line in (data[name] / "train.jsonl").read_text("utf-8").splitlines()]
+    runs = unequal(("lora", "full"), ("llama", "llama"), {name: rows for name in ("train", "dev", "test")}, lengths=(40, 160))
+    apart = [evaluated(run, max_new_tokens=4) for run in runs]
+    scores, sums, lines = evaluated(*runs, max_new_tokens=4)
+    counts = []
+    for name, run, (_, nll, answers) in zip(("one", "two"), runs, apart, strict=True):
+        recipe = read(run)["recipe"]
+        assert sums[name].keys() == nll[recipe].keys()
+        for row, pair in nll[recipe].items():
+            np.testing.assert_allclose(sums[name][row], pair, rtol=1e-4)
+        assert [line[name] for line in lines] == [line[recipe] for line in answers]
+        counts.append(sum(items for _, items in nll[recipe].values()))
+    assert counts[0] < counts[1] == sum(items for _, items in sums["ensemble"].values())
+    for row, (nll, items) in sums["ensemble"].items():  # rows that both read whole: no more than the mean, as the logarithm is concave
+        if row in sums["one"] and sums["one"][row][1] == items:
+            assert nll <= (sums["one"][row][0] + sums["two"][row][0]) / 2 + 1e-4
+
+
+def test_words_that_one_member_has_not_read_are_tagged_by_the_other(unequal):
+    rows = [{"tokens": "Where is my order please ? It was sent to Bonn on Friday".split(), "tags": ["O"] * 10 + ["B-city", "O", "B-day"]},
+            {"tokens": ["我", "想", "退", "货"], "tags": ["O", "O", "B-act", "I-act"]}]
+    runs = unequal(("full", "full"), ("bert", "bert"), {name: rows for name in ("train", "dev", "test")}, "--task", "tag")
+    _, sums, _ = evaluated(*runs)
+    assert sums["one"]["0"][1] < sums["two"]["0"][1] == sums["ensemble"]["0"][1] == 13
+    assert any("one: " in note for note in evaluated(*runs)[0]["notes"])
+
+
+def test_texts_that_are_cut_into_other_blocks_are_refused(unequal):
+    rows = [{"text": "Are you open? Yes, until nine. " * 3}]
+    runs = unequal(("full", "full"), ("gpt2", "gpt2"), {name: rows for name in ("train", "dev", "test")}, "--task", "pretrain")
+    result = call("scripts/evaluate.py", "--run", runs[0], "--run", runs[1])
+    assert result.code == 1 and "cut texts at different --max_length (64, 12)" in result.err and "Traceback" not in result.err
+
+
+def test_pretrained_models_write_together(unequal):
+    rows = [{"text": "Are you open? Yes, until nine. " * 3}]
+    runs = unequal(("full", "lora"), ("gpt2", "gpt2"), {name: rows for name in ("train", "dev", "test")}, "--task", "pretrain",
+                   lengths=(32, 32))
+    scores, sums, _ = evaluated(*runs, max_new_tokens=4)
+    assert sums["ensemble"].keys() == sums["one"].keys() and "ensemble" in dict(scores["samples"][0])
+
+
+def test_rows_held_back_by_one_run_alone_are_said(unequal):
+    runs = unequal(("full", "full"), ("bert", "bert"), {"train": ROWS * 4}, "--task", "classify", lengths=(32, 64))
+    scores, _, _ = evaluated(*runs)
+    assert any("held other dev rows back" in note and str(runs[1]) in note for note in scores["notes"])
 
 
 def test_a_run_named_like_a_column_leaves_the_right_answers(tiny, tmp_path, write_jsonl):

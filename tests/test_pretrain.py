@@ -27,7 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from recipes.common import args, data, losses, models, runs, scratch, tasks
+from recipes.common import args, data, evaluation, losses, models, runs, scratch, tasks
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs, mean_loss
@@ -419,7 +419,8 @@ def test_an_encoder_learns_its_words_by_heart_and_fills_them_in(tiny, write_json
     trainer = run_recipe("full", tiny("bert"), tmp_path, tmp_path / "run", *PLAIN, "--max_steps", "200", "--learning_rate", "5e-3",
                          "--model_dropout", "0", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
     task = trainer.task
-    candidates = {"untuned": lambda: task.load_model().eval(), "tuned": lambda: trainer.model.eval()}
+    candidates = {"untuned": evaluation.Candidate(lambda: task.load_model().eval(), task),
+                  "tuned": evaluation.Candidate(lambda: trainer.model.eval(), task)}
     scores = pretrain.evaluate(candidates, task, rows, {}, SimpleNamespace(samples=2))
     table = {(row["language"], row["model"]): row["values"] for row in scores["table"]}
     assert table["all", "tuned"][0] < 1.5 < 4 < table["all", "untuned"][0]
@@ -446,7 +447,7 @@ def test_a_peft_method_reads_which_text_a_token_belongs_to_and_trains_a_new_head
             one = task.loss(model, batch)[1].logits
             assert not torch.allclose(one, task.loss(model, {**batch, "token_type_ids": 0 * batch["token_type_ids"]})[1].logits)
         torch.testing.assert_close(one, task.loss(trainer.model, batch)[1].logits, rtol=1e-4, atol=1e-5)
-    scores = pretrain.evaluate({"run": lambda: loaded}, task, ROWS, {}, SimpleNamespace(samples=2))
+    scores = pretrain.evaluate({"run": evaluation.Candidate(lambda: loaded, task)}, task, ROWS, {}, SimpleNamespace(samples=2))
     assert scores["columns"] == ["loss", "perplexity", "bits/byte", "next"] and len(scores["samples"]) == 2
     assert all(0 <= row["values"][3] <= 100 for row in scores["table"]) and [row["language"] for row in scores["table"]][-1] == "all"
 

@@ -15,7 +15,9 @@ from recipes.common.trainer import RecipeTrainer
 
 VARIANTS = {
     "lora": ("lora", "--dropout", "0.1"),
-    "lora-dora": ("lora", "--use_dora", "--use_rslora"),
+    "lora-dora": ("lora", "--use_dora"),
+    "lora-rslora": ("lora", "--use_rslora", "--dropout", "0.1"),
+    "lora-dora-rslora": ("lora", "--use_dora", "--use_rslora"),
     "prefix": ("prefix",),
     "prefix-projection": ("prefix", "--prefix_projection", "--projection_hidden_size", "24"),
     "adapter": ("adapter", "--dropout", "0.1"),

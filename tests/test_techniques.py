@@ -358,3 +358,20 @@ def test_a_run_with_a_technique_differs_and_repeats(flags, words, tiny, tmp_path
         trainer = run_recipe("full", tiny("gpt2"), file, tmp_path / name, *own, *extra)
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert curves[1] == curves[2] != curves[0]
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(("steps", "flags", "rates", "told"), [
+    (1, {"warmup_steps": 0.1}, [0.1], True), (2, {"warmup_steps": 0.1}, [0, 0.1], False), (3, {"warmup_steps": 0.1}, [0, 0.1, 0.05], False),
+    (3, {"warmup_steps": 7}, [0, 0.05, 0.1], True), (1, {"warmup_steps": 0.1, "lr_scheduler_type": "constant"}, [0.1], False)])
+def test_a_warm_up_is_never_the_whole_training(steps, flags, rates, told, tmp_path, capsys):
+    """Of one step, whose rate would be 0, no training would be left."""
+    trainer = trainer_for(make_model("gpt2", "full"), tmp_path, max_steps=steps, **{"lr_scheduler_type": "linear"} | flags)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert list(curve(trainer, "learning_rate").values()) == pytest.approx(rates)
+    assert not same(before, dict(trainer.model.named_parameters()))
+    assert ("would be the whole training" in capsys.readouterr().out) == told == bool(trainer.watch.events)
+    assert trainer.args.warmup_steps == flags["warmup_steps"]

@@ -455,6 +455,12 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--{name}: {why}; leave it out")
     if training.save_only_model and shared.on_nan == "rollback":
         raise UserError("--on_nan rollback goes back to a checkpoint's optimizer, and --save_only_model keeps none: leave one of them out")
+    if not 0 <= training.label_smoothing_factor < 1:
+        raise UserError(f"--label_smoothing_factor {training.label_smoothing_factor:g} is no share of the loss: use a number of at least 0 "
+                        "and below 1, such as 0.1")
+    if shared.adversarial != "none" and not shared.adversarial_epsilon:
+        raise UserError(f"--adversarial_epsilon 0 disturbs nothing, and --adversarial {shared.adversarial} takes its time all the same: "
+                        "leave both out, or give a number above 0, such as 0.05")
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g} trains nothing: use more than 0")
     if shared.streaming:

@@ -4,11 +4,40 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
 
 LANGUAGES = ("en", "zh", "all")
 REPORTED = 20  # answers that the report shows beside each other
 # Columns of the tasks' predictions: in a line, a model's answer stands under its name beside them.
 COLUMNS = {"id", "row", "turn", "language", "text", "label", "right", "source", "reference", "references", "tokens", "tags"}
+
+
+class Candidate(NamedTuple):
+    """A model that is to be scored."""
+
+    load: Callable  # gives the model, so that one at a time is in memory
+    task: object  # tasks.Task: how this model reads rows
+    threshold: float | None = None  # below which probability of the likeliest label a row is turned away
+    dev: list | None = None  # rows to set that threshold by
+
+
+def encoded(candidates: dict[str, Candidate], rows, on_bad_row: str, **options) -> dict[str, tuple]:
+    """(features, counts) of the rows for each candidate, as its task encodes them; those of one task only once."""
+    made = {}
+    for candidate in candidates.values():
+        if id(candidate.task) not in made:
+            made[id(candidate.task)] = candidate.task.encode(rows, "rows", on_bad_row, **options)
+    return {name: made[id(candidate.task)] for name, candidate in candidates.items()}
+
+
+def sentences(read: dict[str, tuple]) -> list[str]:
+    """What became of the rows, from `encoded`; with the model's name where not all read them alike."""
+    every = {name: counts["sentences"] for name, (_, counts) in read.items() if "sentences" in counts}
+    first = next(iter(every.values()), [])
+    if all(own == first for own in every.values()):
+        return first
+    return [f"{name}: {sentence}" for name, own in every.items() for sentence in own]
 
 
 def result(columns, scored: list[dict], unit: str, rows: int, *, notes: list[str], samples: list, predictions: list[dict],

@@ -39,7 +39,8 @@ def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 12
 
     The replies equal those of one-by-one generation, up to the rounding of differently shaped matrices. A batch holds the prompts of
     whole dialogues, about `batch_size` of them, and ends when its last reply does. With `num_beams`, beam search without that reading,
-    by the rules of `search` (see `write`); an ensemble writes greedily only. No progress bar without a `description`.
+    by the rules of `search` (see `write`); an ensemble writes greedily only, and its prompts are those of `side_by_side`. No progress bar
+    without a `description`.
     """
     if isinstance(model, losses.Ensemble):
         return _together(model, tokenizer, prompts, max_new_tokens, batch_size, description)
@@ -62,17 +63,18 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
     and with beams.
 
     A beam's score is its log-probability / tokens ** length_penalty. No text holds a run of `no_repeat_ngram_size` tokens twice (0: may);
-    what it repeats of the prompt does not count.
+    what it repeats of the prompt does not count. The prompts of an ensemble are those of `side_by_side`.
     """
     model, *others = losses.members(model)
-    texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    each = list(zip(*prompts, strict=True)) if others else [prompts]
+    texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(each[0][i]))
     with _bar(len(prompts), description) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
-            ids, mask = pad([prompts[i] for i in part], tokenizer.pad_token_id)
-            ids, mask = ids.to(model.device), mask.to(model.device)
+            (ids, mask), *theirs = [[tensor.to(model.device) for tensor in pad([own[i] for i in part], tokenizer.pad_token_id)]
+                                    for own in each]
             begun = 1 if losses.network(model).config.is_encoder_decoder else ids.shape[1]  # the start token, or the prompt
-            rules = [_Join(others, ids, mask)] if others else []
+            rules = [_Join(others, theirs)] if others else []
             if no_repeat_ngram_size:
                 rules.append(_NoRepeat(no_repeat_ngram_size, begun))
             out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens,
@@ -86,17 +88,20 @@ def write(model, tokenizer, prompts: list[list[int]], pad, max_new_tokens: int, 
 
 def _together(ensemble, tokenizer, prompts, max_new_tokens: int, batch_size: int, description: str) -> tuple[list[str], int]:
     """`replies` of several models at once: each token is the likeliest by the mean of their next-token probabilities."""
-    texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    each = list(zip(*prompts, strict=True))  # by member
+    texts, cut, order = [""] * len(prompts), 0, sorted(range(len(prompts)), key=lambda i: max(map(len, prompts[i])))
     ends = torch.tensor(ensemble.members[0].generation_config.eos_token_id, device=ensemble.device)
     with _bar(len(prompts), description) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start: start + batch_size]
-            ids, mask = (tensor.to(ensemble.device) for tensor in left_pad([prompts[i] for i in part], tokenizer.pad_token_id))
-            steps = [_Steps(member, mask) for member in ensemble.members]
+            padded = [[tensor.to(ensemble.device) for tensor in left_pad([own[i] for i in part], tokenizer.pad_token_id)] for own in each]
+            steps = [_Steps(member, mask) for member, (_, mask) in zip(ensemble.members, padded, strict=True)]
+            read = [ids for ids, _ in padded]
             written, ended = [], torch.zeros(len(part), dtype=torch.bool, device=ensemble.device)
             while len(written) < max_new_tokens and not ended.all():
-                mean = torch.stack([step(ids).float().log_softmax(-1) for step in steps]).logsumexp(0)
+                mean = torch.stack([step(ids).float().log_softmax(-1) for step, ids in zip(steps, read, strict=True)]).logsumexp(0)
                 ids = mean.argmax(-1, keepdim=True)
+                read = [ids] * len(steps)
                 written.append(ids[:, 0])
                 ended |= torch.isin(ids[:, 0], ends)
             for i, tokens in zip(part, torch.stack(written, 1).tolist(), strict=True):
@@ -132,17 +137,18 @@ class _Join(LogitsProcessor):
     What its generation config forbids stays forbidden.
     """
 
-    def __init__(self, others: list, ids: torch.Tensor, mask: torch.Tensor):
-        self.mask, self.others = mask, []
-        for model in others:
+    def __init__(self, others: list, prompts: list[tuple[torch.Tensor, torch.Tensor]]):
+        """`prompts`: ids and mask of each of the others."""
+        self.others = []
+        for model, (ids, mask) in zip(others, prompts, strict=True):
             network = losses.network(model)
             read = network.get_encoder()(input_ids=ids, attention_mask=mask)
             past = model.get_prompt(batch_size=len(ids)) if _prefix_length(model) else EncoderDecoderCache(DynamicCache(), DynamicCache())
-            self.others.append((network, read, past))
+            self.others.append((network, read, mask, past))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = [network(encoder_outputs=read, attention_mask=self.mask, decoder_input_ids=input_ids[:, -1:], past_key_values=past,
-                          use_cache=True).logits[:, -1] for network, read, past in self.others]
+        logits = [network(encoder_outputs=read, attention_mask=mask, decoder_input_ids=input_ids[:, -1:], past_key_values=past,
+                          use_cache=True).logits[:, -1] for network, read, mask, past in self.others]
         mean = torch.stack([each.float().log_softmax(-1) for each in (scores, *logits)]).logsumexp(0)
         return mean.masked_fill(scores == -math.inf, -math.inf)
 
@@ -273,6 +279,14 @@ def prompts_for(rows: list[dict], tokenizer, limit: int) -> list[tuple[int, int,
     """(row, turn, prompt) for each assistant turn: its true history, never its answer; None where `limit` tokens don't hold it."""
     return [(r, turn, chat.prompt(row["messages"][:turn], tokenizer, limit))
             for r, row in enumerate(rows) for turn in turns_to_answer(row["messages"])]
+
+
+def side_by_side(each: list[list[list[int] | None]]) -> list:
+    """The prompts of an ensemble, a tuple of its members' own, from those of `each` member, which may read less of a text than another;
+    None where any member has none. Of one member, its prompts."""
+    if len(each) == 1:
+        return each[0]
+    return [None if None in own else own for own in zip(*each, strict=True)]
 
 
 def _prefix_length(model) -> int:

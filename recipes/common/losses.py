@@ -17,6 +17,9 @@ from peft import PeftModel
 
 from recipes.common.chat import IGNORE
 from recipes.common.cross_entropy import cross_entropy
+from recipes.common.errors import UserError
+
+UNLIKE = "the runs were asked for different tokens of the same row, so their probabilities can't be averaged: evaluate each alone"
 
 
 @dataclass
@@ -109,17 +112,45 @@ def members(model) -> list:
     return model.members if isinstance(model, Ensemble) else [model]
 
 
-def average(passes: list[list[Part]]) -> list[Part]:
-    """The parts of several models on the same batch as one: logits of the mean probability."""
+def average(passes: list[list[Part]], from_end: bool = False) -> list[Part]:
+    """The parts of several models on the same rows as one: logits of the mean probability.
+
+    A model that reads less of a row than another has fewer of its items: the last ones with `from_end`, else the first ones. An item's mean
+    is over the models that have it. Raises `UserError` where what is asked of the models differs.
+    """
     joined = []
     for parts in zip(*passes, strict=True):
         first = parts[0]
+        if not all(torch.equal(part.where, first.where) for part in parts):
+            joined.append(_average_of_unequal(parts, from_end))
+            continue
+        if not all(torch.equal(part.targets, first.targets) for part in parts):
+            raise UserError(UNLIKE)
         if first.targets.dim() == 2:
             logits = torch.stack([part.logits.float().sigmoid() for part in parts]).mean(0).logit(eps=1e-7)
         else:
             logits = torch.stack([part.log_probabilities() for part in parts]).logsumexp(0) - math.log(len(parts))
         joined.append(Part(logits, first.targets, first.where, first.weights, first.aside))
     return joined
+
+
+def _average_of_unequal(parts: tuple[Part, ...], from_end: bool) -> Part:
+    """`average` of parts whose rows have other numbers of items, or the same at other positions."""
+    counts = [part.where.sum(1) for part in parts]
+    most = torch.stack(counts).max(0).values
+    numbers = torch.arange(int(most.max()), device=most.device)
+    where = numbers < most[:, None]  # item k of a row, wherever it stood
+    logits = parts[0].logits.new_full((int(most.sum()), parts[0].logits.shape[1]), -math.inf, dtype=torch.float32)
+    targets, models = parts[0].targets.new_empty(len(logits)), parts[0].targets.new_zeros(len(logits))
+    for part, own in zip(parts, counts, strict=True):
+        has = (where & (numbers >= (most - own)[:, None] if from_end else numbers < own[:, None]))[where]
+        met = models[has] > 0
+        if not torch.equal(targets[has][met], part.targets[met]):
+            raise UserError(UNLIKE)
+        logits[has] = torch.logaddexp(logits[has], part.log_probabilities())
+        targets[has] = part.targets
+        models += has
+    return Part(logits - models.log()[:, None], targets, where)
 
 
 def network(model):

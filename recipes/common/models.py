@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from recipes.common import chat
-from recipes.common.checkpoints import START
+from recipes.common.checkpoints import MANIFEST, START
 from recipes.common.errors import UserError
 
 transformers.utils.logging.disable_progress_bar()  # weights load in a second or two; the bars that matter are ours and the Trainer's
@@ -412,6 +412,8 @@ def read_record(run: Path, flag: str = "--run") -> dict:
             record["model"] |= dict.fromkeys(("used", "folder"), str((run / START).absolute())) | {"from_scratch": True}
         return record
     except (FileNotFoundError, NotADirectoryError):
+        if (run.parent / "run.json").is_file() and (run / MANIFEST).is_file():
+            raise UserError(f"{flag} {run} is a checkpoint of a run: name the run, {run.parent}, which is what it ended with") from None
         raise UserError(f"{flag} {run}: no run.json there, so this is no run folder; train one first (make lora-gpt2)") from None
     except ValueError as error:
         raise UserError(f"{flag} {run}: its run.json is damaged ({error}); train again under a new name") from None

@@ -15,18 +15,16 @@ from recipes.common.metrics import perplexity
 def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int = 2048) -> list[tuple[np.ndarray, ...]]:
     """What `prediction_step` gives for each of `rows`, in their order and without gradients: (sums (2,), the task's own outputs ...).
 
-    `model` may be an ensemble. The rows (features of the task) go through in order of their length, so that little is padded. Of several
-    processes, each takes a share, and all get the whole.
+    Of an ensemble, `task` is what `ensembles.task_of` makes of its members' tasks. The rows (features of the task) go through in order of
+    their length, so that little is padded. Of several processes, each takes a share, and all get the whole.
     """
     own = processes.share(len(rows))
     order, out, batch = sorted(own, key=lambda i: len(rows[i]["input_ids"])), {}, []
 
     def run(piece):
-        passes = []
         for member in losses.members(model):
             cpu_attention.choose(losses.network(member), piece["input_ids"].shape[1])
-            passes.append(task.loss(member, piece))
-        parts = passes[0] if len(passes) == 1 else losses.average(passes)
+        parts = task.loss(model, piece)
         return losses.row_sums(parts, piece.get("bytes")), *task.outputs(parts)
 
     def less(fitting):

@@ -198,7 +198,8 @@ def _no_labels(row: dict, label: str, multi_label: bool) -> str | None:
     """What is wrong with the label of a row or turn, or with its labels."""
     values = row[label] if multi_label else [row[label]]
     if not isinstance(values, list):
-        return f'"{label}" must be a list of labels, as --multi_label says, not {short(values)}'  # an empty one: none applies
+        return (f'"{label}" must be a list of labels, as --multi_label says, not {short(values)}: write ["one", "two"], in a cell of a '
+                "table too")
     if not multi_label and isinstance(row[label], list):
         return f'"{label}" is a list, {short(row[label])}: where a row may have several labels, give --multi_label'
     for value in values:

@@ -31,6 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_flash_attn_2_available
 
 from recipes.common import (
@@ -120,12 +121,24 @@ class RecipeTrainer(Trainer):
             except pickle.UnpicklingError as error:  # torch reads optimizer.pt and its like as tensors and plain containers alone
                 raise UserError(f"{checkpoint} holds a pickle of more than tensors, which is not opened, as that can run any code in it: "
                                 "go on from a checkpoint that this project wrote, or start from its weights with --model") from error
+        self._say_if_stopped_early()
         counts = torch.tensor([[self.watch.padded, self.watch.positions]], device=self.args.device)
         padded, positions = self.accelerator.gather(counts).sum(0).tolist()
         self.padding_share = padded / positions if positions else 0.0
         if self.task.old is not None:
             self.forgetting["after"] = self._scores_on_old_rows()
         return result
+
+    def _say_if_stopped_early(self):
+        step, last = self.state.global_step, self.state.max_steps
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and step < last:
+                count = callback.early_stopping_patience
+                if callback.early_stopping_patience_counter >= count:
+                    self.watch.tell(f"--early_stopping_patience {count}: stopped after {step} of {last} steps, as no better dev "
+                                    f"{self.args.metric_for_best_model.removeprefix('eval_')} came in {count} "
+                                    f"evaluation{'s' if count > 1 else ''}"
+                                    + (f"; the best was that of step {best}" if (best := self.state.best_global_step) else ""))
 
     def _leave_others(self, checkpoint: Path):
         # A run that goes on from an earlier checkpoint must never take up a later one, of the life that it leaves.
@@ -274,6 +287,19 @@ class RecipeTrainer(Trainer):
         if self.shared.layer_lr_decay != 1 and new:
             regularize.decay_by_layer(optimizer, self.model.named_parameters(), self.shared.layer_lr_decay)
         return optimizer
+
+    def create_scheduler(self, num_training_steps, *args, **kwargs):
+        """The Trainer's, with a warm-up that leaves at least the last step at the full rate; the first step of a warm-up has a rate of 0,
+        so a run of one step would learn nothing."""
+        asked, last = self.args.warmup_steps, num_training_steps - 1
+        if self.lr_scheduler is None and self.args.get_warmup_steps(num_training_steps) > last and _warms_up(self.args.lr_scheduler_type):
+            self.args.warmup_steps = last
+            self.watch.tell(f"--warmup_steps {asked:g} would be the whole training of {num_training_steps} "
+                            f"step{'s' if num_training_steps > 1 else ''}: the warm-up takes {last}")
+        try:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        finally:
+            self.args.warmup_steps = asked
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, (sums, ...), labels): `sums` are those of losses.row_sums, a row's negative log-likelihood in nats and its number of
@@ -433,6 +459,10 @@ class Timely:
 
     def __iter__(self):
         return deadline.timed(self.loader, self.what, GO_ON)
+
+
+def _warms_up(scheduler: SchedulerType) -> bool:
+    return scheduler not in (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def _named_old(scores: dict) -> dict[str, float]:

@@ -77,6 +77,11 @@ class Task:
     lineage: list[dict] = field(default_factory=list)  # the runs that this one goes on from, the first one first
     method_report: dict = field(default_factory=dict)  # what a method has to say after the training
     report: dict = field(default_factory=dict)  # what was read, shortened and left out: goes into run.json
+    members: list["Task"] = field(default_factory=list)  # of an ensemble: those of the runs that answer together
+
+    def readers(self) -> list["Task"]:
+        """The tasks by which rows are read: itself, or those of an ensemble."""
+        return self.members or [self]
 
     def load_model(self, in_4bit: bool = False):
         """The model that training starts from, once `train` is there; `in_4bit`: its frozen matrices in 4 bits."""

@@ -94,15 +94,18 @@ def _encode(row: dict, tokenizer, max_length: int, turns) -> tuple[dict | None, 
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """Loss over the reference's tokens, and the reply to each assistant turn given its true history, compared with the reference.
 
-    `candidates` is name -> a function that loads the model, so that only one is in memory. Raises `UserError` if the window leaves no
-    room for a reply.
+    `candidates` is name -> evaluation.Candidate. Raises `UserError` if the window leaves no room for a reply.
     """
-    features, counts = task.encode(rows, "rows", record["shared_arguments"]["on_bad_row"])
-    for sentence in counts["refused"].values():
+    read = evaluation.encoded(candidates, rows, record["shared_arguments"]["on_bad_row"])
+    refused = next(iter(read.values()))[1]["refused"]  # by the chat template, which all have
+    for sentence in refused.values():
         print(f"skipped {sentence}")
-    numbers = [number for number in range(1, len(rows) + 1) if number not in counts["refused"]]
-    rows, kept = [rows[number - 1] for number in numbers], [i for i, n in enumerate(numbers) if n not in set(counts["left_out"])]
-    results = {name: _answer(name, load(), task, rows, features, options) for name, load in candidates.items()}
+    numbers = [number for number in range(1, len(rows) + 1) if number not in refused]
+    rows, kept = [rows[number - 1] for number in numbers], {}
+    for name, (_, counts) in read.items():
+        kept[name] = [i for i, n in enumerate(numbers) if n not in set(counts["left_out"])]
+    results = {name: _answer(name, candidate.load(), candidate.task, rows, read[name][0], options)
+               for name, candidate in candidates.items()}
     languages = [metrics.language_of(row, " ".join(m["content"] for m in row["messages"] if m["role"] != "system")) for row in rows]
     turns = [(r, t) for r, t, _ in next(iter(results.values()))["replies"]]
     references = [rows[r]["messages"][t]["content"] for r, t in turns]
@@ -111,7 +114,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         scores = metrics.score_replies([text for _, _, text in result["replies"]], references, [languages[r] for r, _ in turns])
         signature = scores.pop("signature")
         for language, score in scores.items():
-            part = [sums for r, sums in zip(kept, result["sums"], strict=True) if language in ("all", languages[r])]
+            part = [sums for r, sums in zip(kept[name], result["sums"], strict=True) if language in ("all", languages[r])]
             score |= mean_loss(np.array(part)) if part else {"loss": math.nan, "perplexity": math.nan}
             scored.append({"language": language, "model": name, "count": score["n"], "empty": score["empty"],
                            "values": [score[key] for key in COLUMNS]})
@@ -123,7 +126,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     texts = {name: [text for _, _, text in result["replies"]] for name, result in results.items()}
     samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),
                 *((name, replies[i]) for name, replies in texts.items())] for i in evaluation.reported(len(turns), options)]
-    losses = {name: {numbers[r] - 1: sums.tolist() for r, sums in zip(kept, result["sums"], strict=True)}
+    losses = {name: {numbers[r] - 1: sums.tolist() for r, sums in zip(kept[name], result["sums"], strict=True)}
               for name, result in results.items()}
     predictions = [{"id": rows[r].get("id", r), "row": numbers[r] - 1, "turn": t, "language": languages[r], "reference": references[i],
                     **{name: replies[i] for name, replies in texts.items()}} for i, (r, t) in enumerate(turns)]
@@ -151,14 +154,23 @@ def _keys(messages: list[dict], turn: int) -> dict:
 def _answer(name, model, task, rows, features, options) -> dict:
     """A model's loss on each of the features, and its reply to each assistant turn of the rows."""
     sums = [sums for sums, in dataset_outputs(model, task, features, f"Loss of {name}")]
-    limit = generation.limit(model, task.max_length, options.max_new_tokens)
-    prompts = generation.prompts_for(rows, task.tokenizer, limit)
+    limit, prompts = asked(model, task, rows, options.max_new_tokens)
     fitting = [p for _, _, p in prompts if p is not None]
     texts, cut = processes.divided(lambda own: generation.replies(model, task.tokenizer, own, options.max_new_tokens, options.batch_size,
                                                                   f"Replies of {name}"), fitting)
     texts = iter(texts)
     return {"sums": sums, "cut": cut, "limit": limit, "too_long": len(prompts) - len(fitting),
             "replies": [(r, t, next(texts) if p is not None else "") for r, t, p in prompts]}
+
+
+def asked(model, task, rows, max_new_tokens: int) -> tuple[int, list[tuple]]:
+    """(the most tokens of a prompt; (row, turn, prompt) for each assistant turn, as in generation.prompts_for). Of an ensemble, the least
+    of the members' limits, and a prompt is a tuple of their own."""
+    limits = [generation.limit(member, own.max_length, max_new_tokens)
+              for member, own in zip(losses.members(model), task.readers(), strict=True)]
+    each = [generation.prompts_for(rows, task.tokenizer, limit) for limit in limits]
+    prompts = generation.side_by_side([[prompt for _, _, prompt in own] for own in each])
+    return min(limits), [(r, t, prompt) for (r, t, _), prompt in zip(each[0], prompts, strict=True)]
 
 
 def _some(rows, numbers: list[int]) -> str:

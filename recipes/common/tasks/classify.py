@@ -6,6 +6,7 @@ read alone or with the `--context_turns` turns before it.
 
 import itertools
 import math
+import shlex
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
@@ -56,12 +57,17 @@ def _texts(row: dict, shared, numbers):
 
 def facts(rows, shared) -> dict:
     """The labels of the train rows and how often each occurs. Raises `UserError` for fewer than two."""
-    counts = Counter(str(label) for row in rows for label in (row["label"] if shared.multi_label else [row["label"]]))
-    counts.pop(shared.oos_label, None)
+    counts = _counts(rows, shared)
     if len(counts) < 2:
         raise UserError(f"the train rows hold {'one label' if counts else 'no label'} in \"{shared.label}\" ({', '.join(counts)}): "
                         "there must be at least two to tell apart")
     return {"labels": dict(sorted(counts.items()))}
+
+
+def _counts(rows, shared) -> Counter:
+    counts = Counter(str(label) for row in rows for label in (row["label"] if shared.multi_label else [row["label"]]))
+    counts.pop(shared.oos_label, None)
+    return counts
 
 
 def make(shared, source, tokenizer, facts) -> Task:
@@ -99,10 +105,12 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     row has more than `shared.max_length` tokens, its context loses its beginning, up to all of it; a text that is too long alone, or a pair
     that is no context, loses its end. Raises `UserError`.
     """
-    mean = sum(labels.values()) / max(sum(n > 0 for n in labels.values()), 1)  # of the labels that have rows
+    # Of the rows at hand: `labels` counts those of the whole file, of which --max_train_samples may leave a part.
+    own = _counts(rows, shared) if training else {}
+    mean = sum(own.values()) / max(len(own), 1)
     balanced = training and shared.class_weights == "balanced"
     one = partial(_encode, tokenizer=tokenizer, shared=shared, index={label: i for i, label in enumerate(labels)}, training=training,
-                  ended=ended, weights={label: mean / n for label, n in labels.items() if n} if balanced else None)
+                  ended=ended, weights={label: mean / n for label, n in own.items()} if balanced else None)
     features, counts, left_out, refused = encoding.encode(rows, name, one, "row", on_bad_row, shared.preprocessing_num_workers)
     if features is None:
         raise UserError(f"{name}: no row is left to {'train on' if training else 'score'}")
@@ -113,7 +121,24 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
         "sentences": [*(_alike([*labels, shared.oos_label or ""]) if training else ()),
-                      *_sentences(counts, len(features), len(left_out), tokenizer, shared)]}
+                      *_sentences(counts, len(features), len(left_out), tokenizer, shared),
+                      *(_absent(labels, own, len(rows)) if training and not shared.replay else
+                        _none_outside(counts, len(features), shared, dev=not outside_alone) if not training else ())]}
+
+
+def _absent(labels, own: Counter, rows: int) -> list[str]:
+    """A sentence on the labels without a row among those trained on; --replay tells of them itself."""
+    absent = [label for label in labels if label not in own]
+    return [f"{len(absent)} of {len(labels)} labels have no row among these {rows}, so they are not trained on ({', '.join(absent[:5])}"
+            f"{' ...' if absent[5:] else ''})"] if absent else []
+
+
+def _none_outside(counts: Counter, kept: int, shared, dev: bool) -> list[str]:
+    """A sentence on rows to be scored none of which is out of scope. Train rows need none, as they would only be left out."""
+    if not shared.oos_label or counts["supervised"] < kept:
+        return []
+    effect = f", so the threshold will be the one that turns away {TURNED_AWAY:.0%} of the rows in scope" if dev else ""
+    return [f"no row has the label {shared.oos_label!r}, which --oos_label takes as out of scope{effect}"]
 
 
 def _alike(labels: list[str]) -> list[str]:
@@ -145,8 +170,6 @@ def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> 
         sentences.append(f"{counts['pairs']} of {counts['flat']} rows have a text_pair, the others are read without")
     if left_out:
         sentences.append(f"{left_out} out-of-scope rows are not trained on")
-    elif shared.oos_label and counts["supervised"] == kept:
-        sentences.append(f"no row has the label {shared.oos_label!r}, which --oos_label takes as out of scope")
     return sentences
 
 
@@ -155,7 +178,7 @@ def _encode(row: dict, tokenizer, shared, index: dict[str, int], weights: dict[s
     own = [str(label) for label in (row["label"] if shared.multi_label else [row["label"]])]
     if unknown := [label for label in own if label not in index and label != shared.oos_label]:
         raise encoding.Refused(f"label {unknown[0]!r} does not occur in the train rows",
-                               f"--oos_label {unknown[0]} takes it as out of scope, --on_bad_row skip leaves it out")
+                               f"--oos_label {shlex.quote(unknown[0])} takes it as out of scope, --on_bad_row skip leaves it out")
     outside = shared.oos_label in own
     if outside and training:
         return None, {}
@@ -261,18 +284,23 @@ def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """Accuracy and F1 of the labels, by language and in all, with a report on each label; the most frequent label beside them if asked."""
     shared, names = flags(record), list(task.config["label2id"])
-    features, counts = task.encode(rows, "rows", shared.on_bad_row, outside_alone=True)
+    read = evaluation.encoded(candidates, rows, shared.on_bad_row, outside_alone=True)
+    features, counts = next(iter(read.values()))
     for sentence in counts["refused"].values():
         print(f"skipped {sentence}")
     rows = [row for number, row in enumerate(rows, start=1) if number not in counts["refused"]]
     languages = [metrics.language_of(row, row["text"]) for row in rows]
     labels = np.array(features["labels"])
-    cut = record["metrics"].get("dev_oos_threshold")
-    scored, logits, losses = [], {}, {}
-    for name, load in candidates.items():
-        sums, logits[name] = map(np.array, zip(*dataset_outputs(load(), task, features, f"Labels of {name}"), strict=True))
+    scored, logits, losses, cuts = [], {}, {}, {}
+    for name, candidate in candidates.items():
+        model = candidate.load()
+        cuts[name] = candidate.threshold
+        if candidate.dev is not None:
+            cuts[name] = _threshold_on(model, candidate, shared, f"Dev rows of {name}")
+        outputs = dataset_outputs(model, candidate.task, read[name][0], f"Labels of {name}")
+        sums, logits[name] = map(np.array, zip(*outputs, strict=True))
         losses[name] = dict(enumerate(sums.tolist()))
-        scored += _scores(name, sums, logits[name], labels, languages, shared, cut)
+        scored += _scores(name, sums, logits[name], labels, languages, shared, cuts[name])
     if options.base:
         frequent = int(np.argmax([record["data"]["labels"][label] for label in names]))
         always = np.full((len(rows), len(names)), -np.inf)
@@ -280,15 +308,17 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         scored += _scores(f"always {names[frequent]}", np.full((len(rows), 2), np.nan), always, labels, languages, shared, None)
     name, last = list(logits.items())[-1]
     right = [_right(labels[i], names, shared) for i in range(len(rows))]
-    predicted = {name: [_predicted(row, names, shared, cut) for row in values] for name, values in logits.items()}
+    predicted = {name: [_predicted(row, names, shared, cuts[name]) for row in values] for name, values in logits.items()}
     samples = [[*_asked(rows[i]), ("label", right[i]), *((name, answers[i]) for name, answers in predicted.items())]
                for i in evaluation.reported(len(rows), options)]
     predictions = [{"id": row.get("id", i), "row": i, **dict(_asked(row)), "label": right[i],
                     **{name: p[i] for name, p in predicted.items()}} for i, row in enumerate(rows)]
-    notes, more = [*counts["sentences"]], {"slices": _slices(rows, languages, logits, labels, shared)}
-    if cut is not None:
-        notes.append(f"a row whose likeliest label has less than {_exact(cut)} probability is turned away as {shared.oos_label} "
-                     "(set on dev)")
+    notes, more = evaluation.sentences(read), {"slices": _slices(rows, languages, logits, labels, shared)}
+    cuts = {name: cut for name, cut in cuts.items() if cut is not None}
+    for name, cut in cuts.items():
+        how = "set on dev" if candidates[name].dev is not None or len(cuts) == 1 else "as its training set it on dev"
+        notes.append(f"{f'{name}: ' if len(cuts) > 1 else ''}a row whose likeliest label has less than {_exact(cut)} probability is turned "
+                     f"away as {shared.oos_label} ({how})")
     if shared.multi_label:
         more["report"] = metrics.multi_label_report(logits[name] > 0, labels > 0, names)
     else:
@@ -299,11 +329,18 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         notes += [f"{n} times {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
     headings = {"loss": "loss", "accuracy": "accuracy", "f1_macro": "macro F1"}
     headings |= {"f1_micro": "micro F1"} if shared.multi_label else {}
-    headings |= {"kept": "kept", "oos_recall": "OOS recall"} if cut is not None else {}
+    headings |= {"kept": "kept", "oos_recall": "OOS recall"} if cuts else {}
     for row in scored:
         row["values"] = [row["values"].get(key, np.nan) for key in headings]
     return evaluation.result(headings.values(), scored, "rows", len(rows), notes=notes, samples=samples, predictions=predictions,
                              losses=losses, signature="accuracy and F1 0-100, F1 macro over the labels that occur", **more)
+
+
+def _threshold_on(model, candidate, shared, description: str) -> float:
+    """`threshold` from the candidate's dev rows."""
+    features, _ = candidate.task.encode(candidate.dev, "dev rows", shared.on_bad_row, outside_alone=True)
+    logits = np.array([logits for _, logits in dataset_outputs(model, candidate.task, features, description)])
+    return threshold(logits, np.array(features["labels"]))
 
 
 def _asked(row: dict) -> list[tuple[str, str]]:

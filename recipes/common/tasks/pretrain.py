@@ -439,9 +439,9 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
     headings = COLUMNS | ({"next_sentence_accuracy": "next"} if pairs else {})
     chosen = evaluation.spread(len(features) if task.peft_type != "CAUSAL_LM" else len(rows), options.samples)
     scored, samples, nats = [], [[] for _ in chosen], {}
-    for name, load in candidates.items():
-        model = load()
-        sums, *told = map(np.array, zip(*dataset_outputs(model, task, features, f"Loss of {name}"), strict=True))
+    for name, candidate in candidates.items():
+        model = candidate.load()
+        sums, *told = map(np.array, zip(*dataset_outputs(model, candidate.task, features, f"Loss of {name}"), strict=True))
         nats[name] = {i: own[:2].tolist() for i, own in enumerate(sums)}
         for language in [*encoded, "all"]:
             at = (where == language) | (language == "all")
@@ -451,7 +451,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         if task.peft_type == "CAUSAL_LM":
             asked, right, answers = write_on(name, model, task, [rows[i]["text"] for i in chosen], options)
         else:
-            asked, right, answers = fill_in(name, model, task, [features[i] for i in chosen])
+            asked, right, answers = fill_in(name, model, candidate.task, [features[i] for i in chosen])
         for i, sample in enumerate(samples):
             sample += [*([] if sample else [("text", asked[i]), ("right", right[i])]), (name, answers[i])]
     notes = [f"{language}: {sentence}" for language, (_, counts) in encoded.items() for sentence in counts["sentences"]]
@@ -470,7 +470,8 @@ def write_on(name: str, model, task: Task, texts: list[str], options) -> tuple[l
     halves = [min(limit, (len(tokens) + 1) // 2) for tokens in ids]
     prompts = [[end if begin is None else begin, *tokens[:half]] for tokens, half in zip(ids, halves, strict=True)]
     written, _ = processes.divided(lambda own: generation.replies(model, task.tokenizer, own, new, options.batch_size,
-                                                                  f"Texts of {name}"), prompts)
+                                                                  f"Texts of {name}"),
+                                   generation.side_by_side([prompts] * len(losses.members(model))))
     decode = partial(task.tokenizer.decode, skip_special_tokens=True)
     return ([decode(tokens[:half]) for tokens, half in zip(ids, halves, strict=True)],
             [decode(tokens[half: half + new]) for tokens, half in zip(ids, halves, strict=True)], written)

@@ -168,13 +168,14 @@ def dev_metrics(predicted: np.ndarray, labels: np.ndarray, *, names: list[str]) 
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
     """F1 of the spans, by language and in all, with a report on each type. A word without a prediction counts as O."""
     names = list(task.config["label2id"])
-    features, counts = task.encode(rows, "rows", flags(record).on_bad_row)
-    notes = [*counts["sentences"], *(["--base adds no line: the untuned model has no head for these tags"] if options.base else [])]
+    read = evaluation.encoded(candidates, rows, flags(record).on_bad_row)
+    notes = [*evaluation.sentences(read), *(["--base adds no line: the untuned model has no head for these tags"] if options.base else [])]
     languages = [metrics.language_of(row, " ".join(row["tokens"])) for row in rows]
     right = [row["tags"] for row in rows]
     scored, predicted, losses = [], {}, {}
-    for name, load in candidates.items():
-        outputs = dataset_outputs(load(), task, features, f"Tags of {name}")
+    for name, candidate in candidates.items():
+        features, _ = read[name]
+        outputs = dataset_outputs(candidate.load(), candidate.task, features, f"Tags of {name}")
         losses[name] = {i: sums.tolist() for i, (sums, _) in enumerate(outputs)}
         predicted[name] = [["O"] * len(row["tokens"]) for row in rows]
         for tags, words, (_, likeliest) in zip(predicted[name], features["words"], outputs, strict=True):

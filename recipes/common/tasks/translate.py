@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models, processes
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
+from recipes.common.losses import members
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
 from recipes.common.tasks import chat as chat_task
@@ -145,23 +146,24 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
 
     Raises `UserError` for more tokens than an encoder-decoder's decoder has positions for.
     """
-    features, counts = task.encode(rows, "rows", record["shared_arguments"]["on_bad_row"])
-    for sentence in [*counts["refused"].values(), *counts["sentences"]]:
+    read, kept = evaluation.encoded(candidates, rows, record["shared_arguments"]["on_bad_row"]), {}
+    for sentence in [*next(iter(read.values()))[1]["refused"].values(), *evaluation.sentences(read)]:
         print(f"note: {sentence}")
-    gone = set(counts["left_out"]) | set(counts["refused"])
-    kept = [i for i in range(len(rows)) if i + 1 not in gone]
+    for name, (_, counts) in read.items():
+        gone = set(counts["left_out"]) | set(counts["refused"])
+        kept[name] = [i for i in range(len(rows)) if i + 1 not in gone]
     references = [row["refs"] if "refs" in row else [row["target"]] for row in rows]
     languages = [metrics.detect_language(" ".join(refs)) for refs in references]
     scored, texts, notes, losses = [], {}, [], {}
-    for name, load in candidates.items():
-        model = load()
-        sums = [sums for sums, in dataset_outputs(model, task, features, f"Loss of {name}")]
-        losses[name] = {i: pair.tolist() for i, pair in zip(kept, sums, strict=True)}
-        texts[name], cut = write(name, model, task, rows, record, options)
+    for name, candidate in candidates.items():
+        model = candidate.load()
+        sums = [sums for sums, in dataset_outputs(model, candidate.task, read[name][0], f"Loss of {name}")]
+        losses[name] = {i: pair.tolist() for i, pair in zip(kept[name], sums, strict=True)}
+        texts[name], cut = write(name, model, candidate.task, rows, record, options)
         scores = metrics.score_replies(texts[name], references, languages)
         signature = scores.pop("signature")
         for language, score in scores.items():
-            part = [pair for i, pair in zip(kept, sums, strict=True) if language in ("all", languages[i])]
+            part = [pair for i, pair in zip(kept[name], sums, strict=True) if language in ("all", languages[i])]
             score |= mean_loss(np.array(part)) if part else {"loss": np.nan, "perplexity": np.nan}
             scored.append({"language": language, "model": name, "count": score["n"], "empty": score["empty"],
                            "values": [score[key] for key in COLUMNS]})
@@ -188,11 +190,14 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
     flags = record["shared_arguments"]
     search = {"length_penalty": options.length_penalty, "no_repeat_ngram_size": options.no_repeat_ngram_size}
     if task.peft_type == "CAUSAL_LM":
-        limit = generation.limit(model, task.max_length, options.max_new_tokens)
-        prompts = [chat.prompt(dialogue(row, flags["instruction"])[:1], task.tokenizer, limit) for row in rows]
+        limits = [generation.limit(member, own.max_length, options.max_new_tokens)
+                  for member, own in zip(members(model), task.readers(), strict=True)]
+        prompts = generation.side_by_side([[chat.prompt(dialogue(row, flags["instruction"])[:1], task.tokenizer, limit) for row in rows]
+                                           for limit in limits])
         fitting = [ids for ids in prompts if ids is not None]
         if len(fitting) < len(rows):
-            print(f"note: {len(rows) - len(fitting)} sources exceed the {limit} tokens that --max_length leaves; their targets are empty")
+            print(f"note: {name}: {len(rows) - len(fitting)} sources exceed the {min(limits)} tokens that --max_length leaves; their "
+                  "targets are empty")
         texts, cut = processes.divided(lambda own: generation.replies(
             model, task.tokenizer, own, options.max_new_tokens, options.batch_size, f"Targets of {name}", options.num_beams, **search),
             fitting)
@@ -201,10 +206,14 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
     if generation.room(model, options.max_new_tokens) < 0:
         raise UserError(f"--max_new_tokens {options.max_new_tokens} exceeds what the decoder of {name} has positions for: lower it by "
                         f"{-generation.room(model, options.max_new_tokens)} or more")
-    sources, shortened = zip(*(_read((flags["source_prefix"] or "") + row["source"], task.tokenizer, task.max_length) for row in rows),
-                             strict=True)
-    if any(shortened):
-        print(f"note: {name} reads {sum(shortened)} sources without their end, as they exceed --max_length {task.max_length}")
+    each = []
+    for own in task.readers():
+        sources, shortened = zip(*(_read((flags["source_prefix"] or "") + row["source"], own.tokenizer, own.max_length) for row in rows),
+                                 strict=True)
+        each.append(list(sources))
+        if any(shortened):
+            print(f"note: {name} reads {sum(shortened)} sources without their end, as they exceed --max_length {own.max_length}")
+    sources = generation.side_by_side(each)
     return processes.divided(lambda own: generation.write(
         model, task.tokenizer, own, generation.right_pad, options.max_new_tokens, options.batch_size, options.num_beams,
         f"Targets of {name}", **search), sources)
