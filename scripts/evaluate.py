@@ -88,6 +88,10 @@ def main():
     if "dev_oos_threshold" in record["metrics"]:
         other_scale = {"accuracy", "f1_macro"}
     scores["intervals"] = comparison.intervals(record["task"], scores["predictions"], scores["losses"], other_scale)
+    items = {name: int(sum(n for _, n in own.values())) for name, own in scores["losses"].items()}
+    if len({*items.values()}) > 1:
+        notes.append("the losses are not of the same items, as the runs' --max_length differ, so they can't be compared: "
+                     + ", ".join(f"{name} {n:,}" for name, n in items.items()))
     scores["notes"] += notes
     scores["signature"] += f", {str(dtype).removeprefix('torch.')}"
     evaluation.print_table(scores)

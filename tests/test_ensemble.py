@@ -244,8 +244,10 @@ def test_dialogues_are_cut_for_each_member_as_it_was_trained(unequal, data):  # 
         for row, pair in nll[recipe].items():
             np.testing.assert_allclose(sums[name][row], pair, rtol=1e-4)
         assert [line[name] for line in lines] == [line[recipe] for line in answers]
-        counts.append(sum(items for _, items in nll[recipe].values()))
+        counts.append(int(sum(items for _, items in nll[recipe].values())))
     assert counts[0] < counts[1] == sum(items for _, items in sums["ensemble"].values())
+    told = f"so they can't be compared: one {counts[0]}, two {counts[1]}, ensemble {counts[1]}"
+    assert any(told in note for note in scores["notes"])
     for row, (nll, items) in sums["ensemble"].items():  # rows that both read whole: no more than the mean, as the logarithm is concave
         if row in sums["one"] and sums["one"][row][1] == items:
             assert nll <= (sums["one"][row][0] + sums["two"][row][0]) / 2 + 1e-4
