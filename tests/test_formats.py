@@ -207,6 +207,7 @@ def test_other_unicode_is_told(tmp_path, content, said):
     ("1,2\nprompt,response\n", "line 1: the first line must name the columns"),
     ("prompt,response,prompt\nHi,Yo,Hi\n", "two columns are called 'prompt'"),
     ("a,b\nHi,Yo\n", 'row 1 (line 2): no column "messages" (columns: a, b)'),
+    ("hello,thanks\nHi,Yo\n", "; the first line of the file was taken for the names of its columns"),
     ("prompt,response\nHi,\n", """row 1 (line 2): "response" must be a string with"""),
     ("messages\n\"[{\"\"role\"\"\"\n", 'row 1 (line 2): "messages" begins like a JSON list but is none: broken JSON'),
     ("prompt,response\n", "holds no row"),
@@ -381,7 +382,9 @@ CONTRACT = {
     check_tag: ([{"tokens": ["a", "b"], "tags": ["O", "B-x"]}],
                 [({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens but 1 tags"),
                  ({"tokens": "a b", "tags": ["O"]}, '"tokens" must be a list'), ({"tokens": [], "tags": []}, '"tokens" must be a list'),
-                 ({"tokens": ["a"], "tags": [0]}, "\"tags\" must be a string, not '0'"),
+                 ({"tokens": ["a"], "tags": [0]}, "entry 1 of \"tags\" is the number '0': write the name of the tag"),
+                 ({"tokens": ["a", 5], "tags": ["O", "O"]}, "entry 2 of \"tokens\" must be a string, not '5'"),
+                 ({"text": "a O"}, "a row needs tokens and tags, and plain text gives each row the column text alone"),
                  ({"tokens": ["a", ""], "tags": ["O", "O"]}, '"tokens" must be a str'),
                  ({"tokens": ["a"], "tags": ["B x"]}, "is not IOB2"),
                  ({"tokens": ["a"]}, 'no column "tags"')]),
@@ -450,6 +453,11 @@ def test_refs_stand_in_the_place_of_a_target_that_is_renamed(tmp_path, form):
     only = put(tmp_path, encode([{"mr": "a", "refs": ["x", "y"]}] * 2, form), NAMES[form])
     assert read(only, check_translate, columns="source=mr,target=ref").rows == [{"source": "a", "refs": ["x", "y"]}] * 2
     assert "no column 'mrs' to rename" in complaint(only, check_translate, columns="source=mrs,target=ref")
+
+
+def test_refs_in_a_table_are_json(tmp_path):
+    rows = [{"source": "a", "refs": ["x", "y"]}]
+    assert read(put(tmp_path, encode(rows, "csv"), "a.csv"), check_translate).rows == rows
 
 
 def test_refs_in_parquet_stand_in_the_place_of_a_target(tmp_path):

@@ -88,7 +88,10 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
         # Also where the check has nothing to say: a tool call with text beside it is one more turn to train on, if left as it stands.
         if wrong is None and ("messages" in row or check(row)):
             row, wrong = shapes.dialogue(row, pairs=chat)
-        yield record._replace(row=row, wrong=wrong or check(row))
+        wrong = wrong or check(row)
+        if wrong and record.number == 1 and file.format == "csv" and not shapes.NAMES & {*file.columns, *renames.values()}:
+            wrong += "; the first line of the file was taken for the names of its columns"
+        yield record._replace(row=row, wrong=wrong)
     if absent := [old for old in renames if old not in used and file.columns is None]:
         raise UserError(f"{file.name}: no row has a column {short(absent[0])} to rename; see --columns")
 

@@ -15,7 +15,7 @@ OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "chat
 OTHER_KEYS = frozenset(("from", "value", "tool_calls", "function_call", "weight"))
 # Columns of the question and of the answer; the first pair is Alpaca's.
 PAIRS = (("instruction", "output"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
-LISTS = ("messages", "conversations", "history", "tokens", "tags", "label")  # what a CSV file writes as JSON
+LISTS = ("messages", "conversations", "history", "tokens", "tags", "label", "refs")  # what a CSV file writes as JSON
 OPTIONAL = ("system", "input", "history", "text_pair", "id", "language", "domain")
 # Names by which the first line of a table is known to be its header.
 NAMES = {"text", "source", "target", *LISTS, *OPTIONAL, *(name for pair in PAIRS for name in pair)}
@@ -218,6 +218,10 @@ def check_tag(row: dict) -> str | None:
         if not isinstance(row[name], list) or not row[name]:
             return f'"{name}" must be a list of strings that is not empty, not {short(row[name])}'
         for i, one in enumerate(row[name], start=1):
+            if isinstance(one, int) and name == "tags":
+                return f'entry {i} of "tags" is the number {short(one)}: write the name of the tag that it stands for, as in O, B-city, I-city'
+            if not isinstance(one, str):
+                return f'entry {i} of "{name}" must be a string, not {short(one)}'
             if wrong := _no_text({name: one}, name):
                 return f"{wrong} (entry {i})"
     if len(row["tokens"]) != len(row["tags"]):
@@ -350,6 +354,9 @@ def short(value) -> str:
 
 def _missing(row: dict, *names: str) -> str | None:
     name = next((name for name in names if name not in row), None)
+    if name and len(row) < len(names):  # renaming can't make two of one
+        return (f'no column "{name}" ({columns_of(row)}); a row needs {" and ".join(names)}, and plain text gives each row the column text '
+                "alone: save such rows as JSON Lines, CSV, TSV or Parquet")
     return name and f'no column "{name}" ({columns_of(row)}); rename one, as in --columns {name}=COLUMN'
 
 

@@ -82,7 +82,7 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         sentences.append(f"{counts['shortened']} rows exceed --max_length {max_length}: their last {counts['beyond']} words are "
                          f"{'not trained on' if training else 'predicted as O'}")
     if counts["empty"]:
-        sentences.append(f"{counts['empty']} words are nothing to the tokenizer (stray control characters): "
+        sentences.append(f"{counts['empty']} words are nothing to the tokenizer (control characters, or what a broken file left, as �): "
                          f"{'not trained on' if training else 'predicted as O'}")
     if counts["stray"]:
         sentences.append(f"{counts['stray']} tags I-... continue no span of their type: each begins one")
