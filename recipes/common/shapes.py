@@ -219,7 +219,8 @@ def check_tag(row: dict) -> str | None:
             return f'"{name}" must be a list of strings that is not empty, not {short(row[name])}'
         for i, one in enumerate(row[name], start=1):
             if isinstance(one, int) and name == "tags":
-                return f'entry {i} of "tags" is the number {short(one)}: write the name of the tag that it stands for, as in O, B-city, I-city'
+                return (f'entry {i} of "tags" is the number {short(one)}: write the name of the tag that it stands for, as in O, B-city, '
+                        "I-city")
             if not isinstance(one, str):
                 return f'entry {i} of "{name}" must be a string, not {short(one)}'
             if wrong := _no_text({name: one}, name):
