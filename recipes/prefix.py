@@ -21,8 +21,8 @@ from recipes.common.errors import UserError
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(5e-2, "best on SmolLM2-135M (docs/benchmarks.md); high, as few numbers must do it all",
                                           prefix_projection=1e-3)
-    num_virtual_tokens: int = option(20, "length of the prefix; 5 to 20 for replies, up to 200 for summaries (paper, figure 4)",
-                                     at_least=1, search=(5, 10, 20, 40))
+    num_virtual_tokens: int = option(20, "length of the prefix; the paper's best are 5 to 200 (figure 4); on SmolLM2-135M 100 beat 20 "
+                                     "(docs/benchmarks.md)", at_least=1, search=(10, 20, 50, 100))
     start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "
                                               "prefix disturbs the model for hundreds of steps")
     prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")

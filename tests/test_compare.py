@@ -338,7 +338,7 @@ def test_optuna_chooses_within_its_space(go, tmp_path):
     [search] = record["grid"]
     assert search["by"] == "search" and len(search["points"]) == 3
     for point in search["points"]:
-        assert 1e-2 <= point["settings"]["learning_rate"] <= 25e-2 and point["settings"]["num_virtual_tokens"] in (5, 10, 20, 40)
+        assert 1e-2 <= point["settings"]["learning_rate"] <= 25e-2 and point["settings"]["num_virtual_tokens"] in (10, 20, 50, 100)
     [best] = [point for point in search["points"] if point["chosen"]]
     assert best["value"] == min(point["value"] for point in search["points"] if point["value"] is not None)
     run = json.loads((out / record["systems"][0]["runs"][0]["name"] / "run.json").read_text(encoding="utf-8"))

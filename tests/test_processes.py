@@ -204,7 +204,7 @@ def test_a_tied_weight_is_not_missed_and_another_is(tiny, data, tmp_path, monkey
 def test_repeated_rows_are_told(two):
     # 12 rows fill three steps of 4; see the events of a run whose batches of 10 they don't fill
     events = json.loads((two[0] / "uneven" / "run.json").read_text(encoding="utf-8"))["events"]
-    assert [event["event"][:43] for event in events] == ["each epoch ends with 8 rows that it began w"]
+    assert "each epoch ends with 8 rows that it began w" in [event["event"][:43] for event in events]
     assert "events" not in json.loads((two[0] / "lora" / "run.json").read_text(encoding="utf-8"))
 
 
