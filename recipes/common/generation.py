@@ -32,6 +32,11 @@ def limit(model, max_length: int, max_new_tokens: int) -> int:
     return tokens
 
 
+def limits(model, task, max_new_tokens: int) -> list[int]:
+    """`limit` for each model that answers: the one, or those of an ensemble, which read by their own tasks. Raises `UserError`."""
+    return [limit(member, own.max_length, max_new_tokens) for member, own in zip(losses.members(model), task.readers(), strict=True)]
+
+
 @torch.inference_mode()
 def replies(model, tokenizer, prompts: list[list[int]], max_new_tokens: int = 128, batch_size: int = 32,
             description: str = "Generating", num_beams: int = 1, **search) -> tuple[list[str], int]:

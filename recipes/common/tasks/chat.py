@@ -166,8 +166,7 @@ def _answer(name, model, task, rows, features, options) -> dict:
 def asked(model, task, rows, max_new_tokens: int) -> tuple[int, list[tuple]]:
     """(the most tokens of a prompt; (row, turn, prompt) for each assistant turn, as in generation.prompts_for). Of an ensemble, the least
     of the members' limits, and a prompt is a tuple of their own."""
-    limits = [generation.limit(member, own.max_length, max_new_tokens)
-              for member, own in zip(losses.members(model), task.readers(), strict=True)]
+    limits = generation.limits(model, task, max_new_tokens)
     each = [generation.prompts_for(rows, task.tokenizer, limit) for limit in limits]
     prompts = generation.side_by_side([[prompt for _, _, prompt in own] for own in each])
     return min(limits), [(r, t, prompt) for (r, t, _), prompt in zip(each[0], prompts, strict=True)]

@@ -117,13 +117,15 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
     if not counts["supervised"] and not outside_alone:
         raise UserError(f"{name}: all rows are out of scope (--oos_label {shared.oos_label}), so there is no loss to measure: add rows "
                         "with labels of the train rows")
+    sentences = _sentences(counts, len(features), len(left_out), tokenizer, shared)
+    if training:
+        sentences = [*_alike([*labels, shared.oos_label or ""]), *sentences, *([] if shared.replay else _absent(labels, own, len(rows)))]
+    else:
+        sentences += _none_outside(counts, len(features), shared, dev=not outside_alone)
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
-        "sentences": [*(_alike([*labels, shared.oos_label or ""]) if training else ()),
-                      *_sentences(counts, len(features), len(left_out), tokenizer, shared),
-                      *(_absent(labels, own, len(rows)) if training and not shared.replay else
-                        _none_outside(counts, len(features), shared, dev=not outside_alone) if not training else ())]}
+        "sentences": sentences}
 
 
 def _absent(labels, own: Counter, rows: int) -> list[str]:

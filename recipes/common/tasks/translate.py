@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from recipes.common import chat, data, encoding, evaluation, generation, losses, metrics, models, processes
 from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
-from recipes.common.losses import members
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
 from recipes.common.tasks import chat as chat_task
@@ -190,8 +189,7 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
     flags = record["shared_arguments"]
     search = {"length_penalty": options.length_penalty, "no_repeat_ngram_size": options.no_repeat_ngram_size}
     if task.peft_type == "CAUSAL_LM":
-        limits = [generation.limit(member, own.max_length, options.max_new_tokens)
-                  for member, own in zip(members(model), task.readers(), strict=True)]
+        limits = generation.limits(model, task, options.max_new_tokens)
         prompts = generation.side_by_side([[chat.prompt(dialogue(row, flags["instruction"])[:1], task.tokenizer, limit) for row in rows]
                                            for limit in limits])
         fitting = [ids for ids in prompts if ids is not None]
