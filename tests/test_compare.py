@@ -24,7 +24,7 @@ import test_cli
 from conftest import DIALOGUES, ROOT
 from test_cli import refused
 
-from recipes.common import args, comparison, item_scores, statistics
+from recipes.common import args, comparison, comparison_record, comparison_runs, item_scores, statistics
 from recipes.common import search as search_module
 from recipes.common.errors import UserError
 
@@ -56,11 +56,11 @@ def broken(tmp_path_factory):
 
 
 class Calls(list):
-    """The commands that were started, each in this process; `compare.call` of the tests."""
+    """The commands that were started, each in this process; `comparison_runs.call` of the tests."""
 
     def __call__(self, command, log):
         self.append(shlex.join(command))
-        script = [compare.ROOT / "recipes/common/search.py", *command[3:]] if command[1] == "-m" else command[1:]
+        script = [ROOT / "recipes/common/search.py", *command[3:]] if command[1] == "-m" else command[1:]
         result = test_cli.call(*script)
         log.write_text(result.out + test_cli.without_bars(result.err), encoding="utf-8")
         return result.code
@@ -72,9 +72,9 @@ def go(shop, tiny):
     def run(out, *words, short=SHORT):
         calls = Calls()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compare, "call", calls)
-            patch.setattr(compare, "RESAMPLES", 200)
-            patch.setattr(compare, "TIMED", 1)
+            patch.setattr(comparison_runs, "call", calls)
+            patch.setattr(comparison_record, "RESAMPLES", 200)
+            patch.setattr(comparison_runs, "TIMED", 1)
             patch.setattr(sys, "argv", ["scripts/compare.py", "--model", str(tiny("llama")), "--data", str(shop), "--output_dir", str(out),
                                         *short, *map(str, words)])
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -219,7 +219,7 @@ def test_a_reply_may_hold_a_line_separator(tmp_path):
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (tmp_path / "predictions-test.jsonl").write_text(text, encoding="utf-8")
     (tmp_path / "losses-test.json").write_text("{}", encoding="utf-8")
-    assert compare.answers(tmp_path, "test") == (lines, {})
+    assert comparison_record.answers(tmp_path, "test") == (lines, {})
 
 
 def test_an_interrupted_run_is_continued(go, tmp_path):
@@ -259,7 +259,7 @@ def test_a_signal_is_handed_to_the_training_which_ends_in_its_own_way(number, tm
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(UserError, match="interrupted; the same command goes on from here"):
-        compare.call([sys.executable, "-c", WAITING], log)
+        comparison_runs.call([sys.executable, "-c", WAITING], log)
     thread.join()
     assert "checkpoint written" in log.read_text(encoding="utf-8") and signal.getsignal(number) == own
     signal.signal(number, ignored)
@@ -267,10 +267,10 @@ def test_a_signal_is_handed_to_the_training_which_ends_in_its_own_way(number, tm
 
 def test_a_process_that_was_killed_is_not_quoted(tmp_path):
     log = tmp_path / "log"
-    status = compare.call([sys.executable, "-c", "import os; print('100%|##| 3/3', flush=True); os.kill(os.getpid(), 9)"], log)
-    assert compare.why(status, log) == "ended by signal SIGKILL, as when memory runs out"
-    status = compare.call([sys.executable, "-c", "print('error: no such thing'); exit(1)"], log)
-    assert compare.why(status, log) == "no such thing"
+    status = comparison_runs.call([sys.executable, "-c", "import os; print('100%|##| 3/3', flush=True); os.kill(os.getpid(), 9)"], log)
+    assert comparison_runs.why(status, log) == "ended by signal SIGKILL, as when memory runs out"
+    status = comparison_runs.call([sys.executable, "-c", "print('error: no such thing'); exit(1)"], log)
+    assert comparison_runs.why(status, log) == "no such thing"
 
 
 def test_when_all_fail_the_exit_status_says_so(go, broken, tmp_path):

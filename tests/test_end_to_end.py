@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from huggingface_hub import constants
 
 from recipes.common import models
@@ -18,10 +19,22 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """(finished process, run folder) of `make lora-gpt2` without the Hub: the port refuses, the Hugging Face cache is empty."""
+    """(what `make lora-gpt2` printed, run folder) without the Hub: the port refuses, the Hugging Face cache is empty."""
     if importlib.util.find_spec(models.BUNDLED["smollm2"].package) is None:
         pytest.skip(f"the bundled model is not installed: {models.BUNDLED['smollm2'].install}")
-    folder = tmp_path_factory.mktemp("make")
+    folder = tmp_path_factory.getbasetemp() / "make"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the job: some minutes of two cores
+        folder = folder.parent.with_name("make")
+    screen = folder / "screen"
+    with FileLock(f"{folder}.lock"):
+        if not screen.exists():
+            folder.mkdir(exist_ok=True)
+            screen.write_text(make_lora_gpt2(folder), encoding="utf-8")
+    return screen.read_text(encoding="utf-8"), folder / "run"
+
+
+def make_lora_gpt2(folder: Path) -> str:
+    """What the job prints, run into folder / "run"."""
     converted = os.environ.get("RECIPES_CACHE", str(Path(constants.HF_HOME) / "recipes"))  # shared with real runs: made once
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub"), "RECIPES_CACHE": converted}
     for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -31,32 +44,32 @@ def job(tmp_path_factory):
                            "ARGS=--max_steps 2 --max_train_samples 16 --max_eval_samples 4", "EVAL=--limit 2 --max_new_tokens 16"],
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done, folder / "run"
+    return done.stdout
 
 
 def test_the_substitute_can_not_be_missed(job):
-    done, run = job
-    assert re.search(r"^!{20,}\n! .*Hub can't be reached.* gpt2 .* !\n! .*uses smollm2 instead.* !\n!{20,}$", done.stdout, re.M)
-    assert "model: smollm2 (asked for: gpt2)" in done.stdout
+    screen, run = job
+    assert re.search(r"^!{20,}\n! .*Hub can't be reached.* gpt2 .* !\n! .*uses smollm2 instead.* !\n!{20,}$", screen, re.M)
+    assert "model: smollm2 (asked for: gpt2)" in screen
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert (record["model"]["requested"], record["model"]["used"]) == ("gpt2", "smollm2")
 
 
 def test_it_trains_what_it_says(job):
-    done, run = job
+    screen, run = job
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert record["steps"] == 2 and record["data"]["splits"]["train"]["rows"] == 16 and record["data"]["splits"]["dev"]["rows"] == 4
     # rank 8 on q, k, v, o, gate, up and down of 30 blocks: 8 x (inputs + outputs) each, at width 576, 192 (k, v) and 1,536.
     block = 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
     assert record["trainable_parameters"] == 30 * block
-    assert "train: 16 of 16 dialogues" in done.stdout and "dev loss" in done.stdout
+    assert "train: 16 of 16 dialogues" in screen and "dev loss" in screen
     assert record["peak_memory_mb"] < 4000
     assert {path.name for path in run.iterdir()} >= {"run.json", "report.html", "adapter_model.safetensors", "tokenizer.json"}
 
 
 def test_it_ends_with_a_table_samples_and_what_to_do_next(job):
-    done, run = job
-    table = done.stdout[done.stdout.index("2 dialogues from data/customer_service/test.jsonl"):]
+    screen, run = job
+    table = screen[screen.index("2 dialogues from data/customer_service/test.jsonl"):]
     assert "BLEU" in table and "ROUGE-L" in table and "loss" in table
     rows = [line.split() for line in table.splitlines() if re.search(r"(?:\d+\.\d\d +){8}\d", line)]
     evaluation = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]

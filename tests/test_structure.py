@@ -48,6 +48,8 @@ MAY_IMPORT = {
     "statistics": set(),
     "item_scores": {"metrics"},
     "comparison": {"item_scores", "statistics"},
+    "comparison_runs": {"checkpoints", "errors", "evaluation", "item_scores", "redaction"},
+    "comparison_record": {"args", "comparison", "comparison_runs", "data", "errors", "evaluation", "item_scores", "runs", "statistics"},
     "search": {"args", "errors", "runs", "tasks", "trainer"},
     "doctor": {"chat", "disk", "duplicates", "metrics", "pii"},
     "cases": {"errors"},
