@@ -20,9 +20,9 @@ from recipes.common.errors import UserError
 @dataclass
 class MethodArguments(args.Method):
     learning_rate: float = trainer_option(5e-2, "best on SmolLM2-135M (docs/benchmarks.md); high, as few numbers must do it all",
-                                          prefix_projection=1e-3)
-    num_virtual_tokens: int = option(20, "length of the prefix; the paper's best are 5 to 200 (figure 4); on SmolLM2-135M 100 beat 20 "
-                                     "(docs/benchmarks.md)", at_least=1, search=(10, 20, 50, 100))
+                                          prefix_projection=1e-3, classify=1e-2)
+    num_virtual_tokens: int = option(100, "length of the prefix; the paper's best are 5 to 200 (figure 4)", {"classify": 20, "tag": 20},
+                                     at_least=1, search=(10, 20, 50, 100))
     start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "
                                               "prefix disturbs the model for hundreds of steps")
     prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")
@@ -49,8 +49,10 @@ def adapt(model, task, method, training):
     from peft import PrefixTuningConfig, get_peft_model
 
     from recipes.common import models
-    from recipes.common.prefix_start import start_from_tokens
+    from recipes.common.prefix_start import start_from_tokens, takes_keys_and_values
 
+    if not takes_keys_and_values(model):
+        raise UserError(f"--model: {model.config.model_type} models take no keys and values before their text: use --recipe lora")
     if task.window and task.max_length + method.num_virtual_tokens > task.window:
         raise UserError(f"--max_length {task.max_length} and --num_virtual_tokens {method.num_virtual_tokens} exceed together the "
                         f"{task.window} tokens that the model can read: lower one of them")
@@ -65,7 +67,7 @@ def adapt(model, task, method, training):
     if method.start == "text":
         text = chain.from_iterable(row["input_ids"] for row in cycle(task.train))
         if not start_from_tokens(model, list(islice(text, method.num_virtual_tokens))):
-            print("note: the prefix starts at random, as this model keeps no keys and values of a text; give it more steps")
+            print("note: the prefix of an encoder-decoder starts at random; give it more steps")
     return model, []
 
 

@@ -26,6 +26,8 @@ from transformers import (
     set_seed,
 )
 
+from recipes.common import plots
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -109,6 +111,15 @@ def tiny_config(kind: str, vocab_size: int = 400):
     common = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2)
     return LlamaConfig(**common) if kind == "llama" else Qwen3Config(**common, head_dim=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """Reports without pictures, which take longer than a tiny training, but in the modules that look at them (PICTURES = True)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "PICTURES", False):
+            patch.setattr(plots, "svg", lambda figure, label: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from recipes.common import models, rank_allocation, report, runs
 from recipes.common.errors import UserError
 from recipes.common.trainer import RecipeTrainer
 
+PICTURES = True
 FLAGS = ("--init_rank", "4", "--target_rank", "2", "--every", "1", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no",
          "--load_best_model_at_end", "False", "--learning_rate", "0.01", "--per_device_train_batch_size", "1", "--max_steps", "10")
 

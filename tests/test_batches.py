@@ -344,7 +344,7 @@ def test_two_processes_take_the_steps_of_one(tiny, data, tmp_path):
     alone = run_recipe("lora", tiny("llama"), data, tmp_path / "alone", *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                "scripts/train.py", "--recipe", "lora", "--model", tiny("llama"), "--data", data,
-               "--output_dir", tmp_path / "two", "--max_length", "160", "--use_cpu", "--no_bf16",
+               "--output_dir", tmp_path / "two", "--max_length", "150", "--use_cpu", "--no_bf16",
                "--report_to", "none", *flags]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                           timeout=120)

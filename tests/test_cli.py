@@ -183,7 +183,7 @@ def test_make_and_accelerate_add_no_traceback(tmp_path):
     ("lora", ["--adversarial", "pgd", "--adversarial_epsilon", "0"], ["--adversarial_epsilon 0", "--adversarial pgd"]),
     ("lora", ["--early_stopping_patience", "2", "--eval_strategy", "no"], ["--early_stopping_patience", "--load_best_model_at_end"]),
     ("lora", ["--eval_strategy", "sometimes"], ["sometimes"]),
-    ("prefix", ["--max_length", "250"], ["--max_length 250", "--num_virtual_tokens 20", "256 tokens"]),
+    ("prefix", ["--max_length", "250"], ["--max_length 250", "--num_virtual_tokens 100", "256 tokens"]),
     ("lora", ["--resume_from_checkpoint", "nowhere/checkpoint-3"], ["--resume_from_checkpoint nowhere/checkpoint-3"]),
 ])
 def test_a_wrong_flag_or_value(recipe, words, parts, good, tmp_path):

@@ -74,11 +74,11 @@ def test_a_run_goes_on_where_the_other_ended(variant, parent, data, tmp_path):
     """With a learning rate of zero the new run is the old one, whatever the method; with another it moves on from there."""
     folder, trainer = parent(variant)
     recipe, *flags = VARIANTS[variant]
-    stand_still = ("--max_steps", "1", "--learning_rate", "0", "--load_best_model_at_end", "False", "--max_length", "160")
+    stand_still = ("--max_steps", "1", "--learning_rate", "0", "--load_best_model_at_end", "False", "--max_length", "150")
     same = go_on(recipe, folder, data["second"], tmp_path / "same", *flags, *stand_still)
     torch.testing.assert_close(logits(same.model.eval()), logits(trainer.model.eval()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(models.load_run(tmp_path / "same")), logits(trainer.model), rtol=1e-4, atol=1e-4)
-    moved = go_on(recipe, folder, data["second"], tmp_path / "moved", *flags, *SHORT, "--max_length", "160")
+    moved = go_on(recipe, folder, data["second"], tmp_path / "moved", *flags, *SHORT, "--max_length", "150")
     assert not torch.allclose(logits(moved.model.eval()), logits(trainer.model), atol=1e-3)
     [ancestor] = read(tmp_path / "moved")["lineage"]
     assert ancestor["run"] == str(folder) and ancestor["steps"] == 2
@@ -90,7 +90,7 @@ def test_adalora_goes_on_with_the_ranks_it_has(tiny, data, tmp_path):
     """Ranks move even where nothing is learned, so what is compared is the model before its first step."""
     steps = ("--max_steps", "4", *SHORT[2:])
     first = run_recipe("adalora", tiny("llama"), data["first"], tmp_path / "one", *steps)
-    second = go_on("adalora", tmp_path / "one", data["second"], tmp_path / "two", *steps, "--max_length", "160", trainer_class=Watched)
+    second = go_on("adalora", tmp_path / "one", data["second"], tmp_path / "two", *steps, "--max_length", "150", trainer_class=Watched)
     for name, parameter in first.model.named_parameters():
         torch.testing.assert_close(second.before[name], parameter)
 
@@ -163,7 +163,7 @@ def test_other_methods_settings_are_told_by_their_flags(tiny, parent, data, tmp_
     for recipe, run, words, wrong in (
             ("adalora", tmp_path / "ranks", ("--every", "1"), "--every 10, not 1"),
             ("adalora", tmp_path / "ranks", ("--beta", "0.5"), "--beta 0.85, not 0.5"),
-            ("prefix", parent("prefix-projection")[0], ("--prefix_projection", "--max_length", "160"), "_hidden_size 24, not 512"),
+            ("prefix", parent("prefix-projection")[0], ("--prefix_projection", "--max_length", "150"), "_hidden_size 24, not 512"),
             ("lora", parent("adapter")[0], (), "was made by the recipe adapter")):
         with pytest.raises(UserError, match=wrong):
             go_on(recipe, run, data["second"], tmp_path / "next", *words, *steps)
@@ -324,7 +324,7 @@ def test_forgetting_is_the_loss_of_the_model_before_and_after(tiny, data, tmp_pa
 def test_a_run_that_goes_on_resumes_exactly(parent, data, tmp_path):
     """With old rows replayed and measured: the state before is that of the start, not that of the checkpoint."""
     folder, _ = parent("lora")
-    flags = ("--replay", f"{data['first']}:0.5", "--max_length", "160", *TWELVE_STEPS, "--max_steps", "12")
+    flags = ("--replay", f"{data['first']}:0.5", "--max_length", "150", *TWELVE_STEPS, "--max_steps", "12")
     through = go_on("lora", folder, data["second"], tmp_path / "through", *flags)
     with pytest.raises(Killed):
         go_on("lora", folder, data["second"], tmp_path / "killed", *flags, trainer_class=Interrupted)

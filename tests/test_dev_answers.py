@@ -139,7 +139,7 @@ def test_two_processes_agree(tiny, data, tmp_path):
     """A real group of two, and the scores are those of the saved model in one process."""
     run = tmp_path / "run"
     result = shell(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "recipes/lora.py",
-                   "--model", tiny("gpt2"), "--data", data, "--output_dir", run, "--max_length", "160", "--use_cpu", "--bf16", "False",
+                   "--model", tiny("gpt2"), "--data", data, "--output_dir", run, "--max_length", "150", "--use_cpu", "--bf16", "False",
                    "--report_to", "none", *STEPS, *ANSWERS, "--learning_rate", "0.1", "--metric_for_best_model", "chrf",
                    "--greater_is_better", "True", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     assert result.code == 0, result.err

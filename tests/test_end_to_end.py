@@ -41,7 +41,8 @@ def make_lora_gpt2(folder: Path) -> str:
         env.pop(name, None)
     # -o: whatever these tests run in is installed well enough, so nothing is installed anew.
     done = subprocess.run(["make", "-o", ".venv/.installed", "lora-gpt2", f"OUT={folder / 'run'}",
-                           "ARGS=--max_steps 2 --max_train_samples 16 --max_eval_samples 4", "EVAL=--limit 2 --max_new_tokens 16"],
+                           "ARGS=--max_steps 2 --max_train_samples 4 --max_eval_samples 2 --per_device_train_batch_size 1 "
+                           "--gradient_accumulation_steps 2", "EVAL=--limit 2 --max_new_tokens 16"],
                           cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -58,11 +59,11 @@ def test_the_substitute_can_not_be_missed(job):
 def test_it_trains_what_it_says(job):
     screen, run = job
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert record["steps"] == 2 and record["data"]["splits"]["train"]["rows"] == 16 and record["data"]["splits"]["dev"]["rows"] == 4
+    assert record["steps"] == 2 and record["data"]["splits"]["train"]["rows"] == 4 and record["data"]["splits"]["dev"]["rows"] == 2
     # rank 8 on q, k, v, o, gate, up and down of 30 blocks: 8 x (inputs + outputs) each, at width 576, 192 (k, v) and 1,536.
     block = 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
     assert record["trainable_parameters"] == 30 * block
-    assert "train: 16 of 16 dialogues" in screen and "dev loss" in screen
+    assert "train: 4 of 4 dialogues" in screen and "dev loss" in screen
     assert record["peak_memory_mb"] < 4000
     assert {path.name for path in run.iterdir()} >= {"run.json", "report.html", "adapter_model.safetensors", "tokenizer.json"}
 

@@ -107,7 +107,7 @@ def test_a_refused_cell_says_why_before_any_data_is_read(task, kind, method, tin
 
 
 @pytest.mark.parametrize(("task", "error", "words"), [
-    ("classify", ValueError, "exactly one of input_ids or inputs_embeds"), ("tag", ValueError, "past key values")])
+    ("classify", ValueError, "exactly one of input_ids or inputs_embeds"), ("tag", UserError, "t5 models take no keys and values")])
 def test_without_its_refusal_a_prefix_before_a_t5_classifier_fails(task, error, words, tiny, files, tmp_path, monkeypatch):
     monkeypatch.setattr(prefix.MethodArguments, "refuses", lambda *cell: None)
     with pytest.raises(error, match=words):

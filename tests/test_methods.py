@@ -12,7 +12,7 @@ import torch
 from conftest import DIALOGUES
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, set_seed
 
 from recipes import adalora, adapter, full, lora, prefix
 from recipes.common import args, generation, models, runs, tasks
@@ -37,7 +37,7 @@ VARIANTS = {
     "full": ("full",),
     "full-top": ("full", "--train_top_layers", "1"),
 }
-WIDTH, LAYERS, RANK, TOKENS, BOTTLENECK, PROJECTION = 32, 2, 8, 20, 32, 24
+WIDTH, LAYERS, RANK, TOKENS, BOTTLENECK, PROJECTION = 32, 2, 8, 100, 32, 24
 # (inputs, outputs) of every linear layer of a block; Llama's k and v have half the heads.
 LINEAR = {"gpt2": [(32, 96), (32, 32), (32, 128), (128, 32)],
           "llama": [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]}
@@ -67,7 +67,7 @@ def run_recipe(recipe, model, data, output, *flags, trainer_class=RecipeTrainer)
         patch.setattr(runs, "finish", keep_trainer)
         patch.setattr(trainer_module, "RecipeTrainer", trainer_class)
         patch.setattr(sys, "argv", [f"recipes/{recipe}.py", "--model", str(model), "--data", str(data), "--output_dir", str(output),
-                                    "--max_length", "160", "--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True",
+                                    "--max_length", "150", "--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True",
                                     *flags])
         module.main()
     return seen[0]
@@ -271,12 +271,35 @@ def test_a_prefix_starts_as_real_tokens(kind, projection, tiny):
             assert torch.allclose(got, expected, atol=1e-4) == (start == "text")
 
 
+@torch.no_grad()
+def test_the_prefix_of_an_encoder_starts_as_real_tokens(tiny, capsys):
+    """Its keys and values are those which the layers compute of the first train tokens."""
+    before = [50, 60, 70, 80, 90, 50, 60, 70]
+    model = AutoModelForSequenceClassification.from_pretrained(tiny("bert"), num_labels=3).eval()
+    hidden = model.bert(torch.tensor([before]), output_hidden_states=True).hidden_states
+    attention = [layer.attention.self for layer in model.bert.encoder.layer]
+    expected = [(own.key(states), own.value(states)) for own, states in zip(attention, hidden, strict=False)]
+    task = stub_task()
+    task.peft_type, task.new_modules, task.train = "SEQ_CLS", lambda: ["classifier"], [{"input_ids": before}]
+    prompt = prefix.adapt(model, task, prefix.MethodArguments(num_virtual_tokens=8), None)[0].get_prompt(1)
+    for layer, pair in zip(prompt.layers, expected, strict=True):
+        for got, wanted in zip((layer.keys, layer.values), pair, strict=True):
+            assert torch.allclose(got.transpose(1, 2).flatten(2), wanted, atol=1e-6)
+    assert "at random" not in capsys.readouterr().out
+
+
+def test_a_model_that_takes_no_prefix_is_refused():
+    model = AutoModelForSequenceClassification.from_config(DistilBertConfig(vocab_size=100, dim=8, n_layers=1, n_heads=2, hidden_dim=8))
+    with pytest.raises(UserError, match="distilbert models take no keys and values .* use --recipe lora"):
+        prefix.adapt(model, stub_task(), prefix.MethodArguments(), None)
+
+
 def test_by_default_rows_leave_a_prefix_its_room(tiny, data, tmp_path, monkeypatch):
     """The task's longest row, 768 tokens, would fill the model's window of 256."""
     monkeypatch.setattr(sys, "argv", ["recipes/prefix.py", "--model", str(tiny("gpt2")), "--data", str(data), "--output_dir",
                                       str(tmp_path / "run"), "--use_cpu", "--bf16", "False", "--report_to", "none", "--max_steps", "1"])
     prefix.main()
-    assert json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["shared_arguments"]["max_length"] == 256 - 20
+    assert json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["shared_arguments"]["max_length"] == 256 - 100
 
 
 def test_a_prefix_needs_room_in_the_window(tiny, data, tmp_path):

@@ -12,13 +12,13 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
 
 import pytest
+import test_cli
 from conftest import ROOT, SHARED
 
 from recipes.common.data import check_dialogue
@@ -29,10 +29,13 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "comm
 
 
 def call(name, *words, **environment):
-    """(exit status, standard output, standard error) of data/prepare/NAME.py."""
-    done = subprocess.run([sys.executable, FOLDER / f"{name}.py", *map(str, words)], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, timeout=60)
-    return done.returncode, done.stdout, done.stderr
+    """(exit status, standard output, standard error) of data/prepare/NAME.py, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        patch.syspath_prepend(FOLDER)  # as the interpreter does
+        result = test_cli.call(FOLDER / f"{name}.py", *words)
+    return result.code, result.out, result.err
 
 
 def refused(result, *parts):
@@ -359,6 +362,11 @@ def test_an_existing_folder_is_refused_before_anything_is_fetched(tmp_path):
     (tmp_path / "out").mkdir()
     refused(call("clinc150", "--out", tmp_path / "out"), f"--out {tmp_path / 'out'} exists already")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_real_process_finds_what_it_shares(tmp_path):
+    result = test_cli.shell(sys.executable, "data/prepare/clinc150.py", "--from", tmp_path / "no.json", "--out", tmp_path / "out")
+    test_cli.refused(result, "no.json: no such file", untouched=tmp_path / "out")
 
 
 def test_a_missing_file_and_wrong_flags_are_refused(tmp_path):

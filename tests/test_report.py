@@ -18,6 +18,7 @@ from test_scripts import check_page
 from recipes.common import comparison, doctor, models, plots, report, runs, statistics
 from recipes.common.wording import LANGUAGES, SENTENCES, ZH, name_in, sentence_in, wording
 
+PICTURES = True
 HOSTILE = '<script>alert("&amp;")</script>'
 LONG = "W" * 300
 FEW = "warning: 5 held-out dialogues are few: intervals of so few are too narrow, and small differences can't be seen"

@@ -369,7 +369,7 @@ def test_a_stream_that_is_interrupted_and_resumed_equals_one_that_is_not(long, t
     through = run_recipe(recipe, tiny("gpt2"), long, tmp_path / "through", *steps)
     out = capsys.readouterr().out
     assert "streamed, shuffled among 4 rows at a time" in out and f"skipped {long}, row 8: broken JSON" in out
-    assert f"skipped {long}, row 9: exceeds --max_length 160" in out
+    assert f"skipped {long}, row 9: exceeds --max_length 150" in out
     with pytest.raises(Killed):
         run_recipe(recipe, tiny("gpt2"), long, tmp_path / "run", *steps, trainer_class=Interrupted)
     resumed = run_recipe(recipe, tiny("gpt2"), long, tmp_path / "run", *steps, "--resume_from_checkpoint")
@@ -463,7 +463,7 @@ def test_dev_rows_of_a_stream_come_from_the_dev_file_where_there_is_one(folder, 
 def in_two_processes(tiny, path, out, *flags):
     """run.json of a run of a real group of two."""
     result = shell(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", ROOT / "recipes/lora.py",
-                   "--model", tiny("llama"), "--data", path, "--output_dir", out, "--max_length", "160", "--use_cpu", "--bf16", "False",
+                   "--model", tiny("llama"), "--data", path, "--output_dir", out, "--max_length", "150", "--use_cpu", "--bf16", "False",
                    "--report_to", "none", *flags, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     assert result.code == 0, result.err[-3000:]
     return json.loads((out / "run.json").read_text(encoding="utf-8")), result.out

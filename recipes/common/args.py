@@ -19,19 +19,17 @@ from recipes.common import errors, processes
 from recipes.common.errors import UserError
 
 
-def option(default, help, **metadata):
+def option(default, help, others=None, **metadata):
     """A dataclass field with its help text: one flag of a recipe. `at_least` and `below` bound a number; `search` holds the values that
-    scripts/compare.py --search tries."""
-    return field(default=default, metadata={"help": help, **metadata})
+    scripts/compare.py --search tries. `others` of a recipe's own flags are defaults for a task ({"classify": 20}), or for a flag that is
+    switched on ({"prefix_projection": 1e-3}); the first that fits counts."""
+    shown = "".join(f"; {value:g} with {name}" for name, value in (others or {}).items())
+    return field(default=default, metadata={"help": help + shown, **({"others": others} if others else {}), **metadata})
 
 
 def trainer_option(default, help, **others):
-    """A flag of `TrainingArguments` for which the recipe has a better default.
-
-    `others` are defaults for a task (`classify=1e-3`), or for a flag that is switched on (`prefix_projection=1e-3`).
-    """
-    shown = "".join(f"; {value:g} with {name}" for name, value in others.items())
-    return option(default, help + shown, trainer=True, at_least=0, others=others)
+    """A flag of `TrainingArguments` for which the recipe has a better default; `others` as in `option`."""
+    return option(default, help, others, trainer=True, at_least=0)
 
 
 FAULTS = "when a run is interrupted or goes wrong"
@@ -215,12 +213,12 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     method = method_class(**{f.name: getattr(known, f.name) for f in fields(method_class)})
     defaults = {name: default for name, (default, _) in TRAINER_DEFAULTS.items()}
     for f in fields(method_class):
+        others = f.metadata.get("others", {})
+        if others and f"--{f.name}" not in _flags(argv):
+            fitting = (value for name, value in others.items() if name == shared.task or getattr(method, name, False)
+                       or getattr(shared, name, False))
+            setattr(method, f.name, next(fitting, f.default))
         if f.metadata.get("trainer"):
-            given = f"--{f.name}" in _flags(argv)
-            if not given:
-                fitting = (value for name, value in f.metadata["others"].items() if name == shared.task or getattr(method, name, False)
-                           or getattr(shared, name, False))
-                setattr(method, f.name, next(fitting, f.default))
             defaults[f.name] = getattr(method, f.name)
     defaults["output_dir"] = known.output_dir or f"runs/{Path(sys.argv[0]).stem}-{Path(shared.start_from or shared.model).name}"
     if shared.streaming:  # there are no epochs
