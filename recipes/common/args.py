@@ -54,7 +54,7 @@ class SharedArguments:
     model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
-    columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
+    columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer; within an object, source=translation.en")
     split: str = option(None, "names of the splits, where they are not train, dev and test: train=train_sft,dev=test_sft")
     task: typing.Literal["chat", "classify", "tag", "translate", "pretrain"] = option(
         "chat", "what the rows are: data/README.md holds each task's columns")

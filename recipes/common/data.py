@@ -75,12 +75,14 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
                 yield record._replace(shard=Path(shard.name).name)
         return
     renames, used = parse_columns(columns), set()
-    chat = _takes_dialogues(check)
-    if file.columns is not None and (absent := _absent(renames, file.columns)):
+    nested, chat = [old for old in renames if "." in old], _takes_dialogues(check)
+    outermost = [*(file.columns or ()), *(old for old in nested if old.partition(".")[0] in (file.columns or ()))]
+    if file.columns is not None and (absent := _absent(renames, outermost)):
         raise UserError(f"{file.name}: there is no column {short(absent[0])} to rename ({shapes.columns_of(file.columns)}); see --columns")
     for record in formats.records(file):
         row, wrong = record.row, record.wrong
         if wrong is None:
+            row = _lifted(row, nested)
             used |= renames.keys() - {*_absent(renames, row)}
             row, wrong = _rename(row, renames)
         if wrong is None and file.format == "csv":
@@ -373,7 +375,7 @@ def _is_hub(data: str) -> bool:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """`--columns new=old,...` as {old: new}. Raises `UserError`."""
+    """`--columns new=old,...` as {old: new}; an old one within an object is `column.key`. Raises `UserError`."""
     pairs = [pair.split("=") for pair in (text or "").split(",") if text]
     if any(len(pair) != 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
         raise UserError(f"--columns {text}: write NEW=OLD, with a comma between two, as in source=question,target=answer")
@@ -393,11 +395,21 @@ def _absent(renames: dict[str, str], columns: Iterable[str]) -> list[str]:
     return [old for old, new in renames.items() if old not in columns and not (new == "target" and "refs" in columns)]
 
 
+def _lifted(row: dict, paths: list[str]) -> dict:
+    """`row` with what stands in its objects at `paths` (translation.en) as columns of these names. An object that is empty then goes."""
+    for path in paths:
+        name, _, key = path.partition(".")
+        if path not in row and isinstance(row.get(name), dict) and key in (within := _lifted(row[name], [key] * ("." in key))):
+            rest = {name: {other: value for other, value in within.items() if other != key}}
+            row = {column: value for column, value in row.items() if column != name} | (rest if rest[name] else {}) | {path: within[key]}
+    return row
+
+
 def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:
     absent = _absent(renames, row)
     for old, new in renames.items():
         if old in absent and new not in shapes.OPTIONAL:
-            return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row)}); see --columns"
+            return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row, within=old)}); see --columns"
         if old in row and new in row and new not in renames:
             return row, f"--columns {new}={old} would overwrite the column {short(new)}; rename that one too, as in other={new}"
     return {renames.get(name, name): value for name, value in row.items()}, None
