@@ -120,6 +120,8 @@ def test_it_learns_its_pairs_by_heart_and_writes_them(kind, tiny, folder, tmp_pa
     out = tmp_path / "scores.json"
     result = call("scripts/evaluate.py", "--run", run, "--base", "--json", out, "--dtype", "float32", "--max_new_tokens", "40")
     assert result.code == 0, result.err
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["tokens"] == 150 * record["data"]["splits"]["train"]["tokens"]  # of an encoder-decoder too, with the targets
     lines = [json.loads(line) for line in (run / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["full"] for line in lines[:4]] == [row["target"] for row in ROWS]
     assert lines[4]["references"] == ["再见", "拜拜"]

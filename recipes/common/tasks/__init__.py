@@ -57,6 +57,7 @@ class Task:
     encode: Callable[..., tuple[Dataset, dict]]  # (rows, name, on_bad_row, training) -> features, counts of what was shortened and left out
     one: encoding.One | None = field(default=None, kw_only=True)  # what encode does with a row, for tasks whose rows can be streamed
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
+    texts: tuple[str, ...] = field(default=("input_ids",), kw_only=True)  # columns of tokens that are counted; of pairs, the target too
     loss: Callable[..., list[losses.Part]]
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
     metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside the loss, of all dev rows
@@ -238,7 +239,7 @@ def doctor_command(shared, seed: int) -> str:
 
 def _plan_steps(task: Task, tokens: int, training) -> None:
     """How many steps of `tokens` tokens the train rows make. Raises `UserError` where a step could not hold a row."""
-    lengths = batches.lengths(task.train)
+    lengths = batches.lengths(task.train, task.texts)
     if max(lengths) > tokens:
         raise UserError(f"--tokens_per_step {tokens}: the longest train row has {max(lengths)} tokens; raise it, or lower --max_length")
     if len(lengths) < training.world_size:

@@ -1,8 +1,9 @@
 """A source and its target: a translation, or any other text made from a text.
 
 Rows are {"source", "target"}; for scoring, "refs" may hold several targets. An encoder-decoder (T5, Marian) reads the source, after
-`--source_prefix`, and writes the target. A decoder-only model is asked in a dialogue of one question, `--instruction` and the source, so
-templates, masks and generation are those of the chat task.
+`--source_prefix`, and writes the target; tokens of both are counted, in a step as in tokens a second. A
+decoder-only model is asked in a dialogue of one question, `--instruction` and the source, so templates, masks and generation are those of
+the chat task.
 """
 
 from functools import partial
@@ -69,7 +70,7 @@ def _encoder_decoder(shared, source, tokenizer) -> Task:
     one = partial(_encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length)
     return Task("translate", "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, source, tokenizer, shared.max_length,
                 encode=partial(encode, one=one, max_length=shared.max_length, processes=shared.preprocessing_num_workers), one=one,
-                collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
+                texts=("input_ids", "labels"), collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
                 generation=models.own_generation_config(source))
 
 
