@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "scratch": {"checkpoints", "errors", "models"},
     "streaming": {"data", "deadline", "encoding", "errors", "formats"},
     "tasks": {"args", "batches", "chat", "data", "deadline", "disk", "doctor", "encoding", "errors", "evaluation", "generation",
-              "head_start", "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming"},
+              "head_start", "losses", "metrics", "models", "processes", "regularize", "scoring", "scratch", "streaming", "trained"},
 }
 
 

@@ -147,6 +147,8 @@ class Method:
     """Base of every recipe's `MethodArguments`."""
 
     learns_from_scratch = False  # whether every weight is trained, so that --from_scratch makes sense
+    # What PEFT calls the adapter that is made (peft.PeftType), "" if there is none: of None it is known once a model was adapted.
+    peft_method: typing.ClassVar[str | None] = None
     load_in_4bit = False  # a method that freezes the matrices may have a flag of this name
 
     def check(self, shared: SharedArguments, training) -> None:

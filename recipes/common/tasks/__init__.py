@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from recipes.common import args, batches, data, deadline, disk, doctor, encoding, losses, models, regularize, streaming
+from recipes.common import args, batches, data, deadline, disk, doctor, encoding, losses, models, regularize, streaming, trained
 from recipes.common.errors import UserError
 
 DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
@@ -144,6 +144,7 @@ def _load(shared, method, training) -> Task:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
         _check_same_task(run, record, shared)
+        trained.check_goes_on(run, method.peft_method)
         source = models.source_of_run(run, record)
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
