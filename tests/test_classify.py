@@ -179,6 +179,8 @@ def test_balanced_weights_are_those_of_the_rows_that_are_trained_on(tiny, tmp_pa
     assert trainer.task.train["weights"] == pytest.approx([2 / 3] * 3 + [2])
     [told] = [sentence for sentence in trainer.task.report["splits"]["train"]["sentences"] if "no row among" in sentence]
     assert told == "1 of 3 labels have no row among these 4, so they are not trained on (c)"
+    assert trainer.task.report["splits"]["train"]["labels"] == {"a": 3, "b": 1}
+    assert "2 of 2 labels occur fewer than 5 times in train: a, b" in trainer.task.report["doctor"]["sentences"]
 
 
 def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):

@@ -154,8 +154,8 @@ def brief(train: Sequence[dict], dev: Sequence[dict], labels: dict[str, int] | N
           repeated: bool = False) -> tuple[dict, list[str]]:
     """What is worth a line before every training: counts for run.json, and sentences on what is not as it should be.
 
-    `labels`: how often each occurs in train. `repeated`: train repeats rows on purpose. Linear, and a few hundredths of what tokenizing
-    takes: it compares digests, and searches `LOOKED_AT` rows of a split for personal data.
+    `labels`: how often each that is predicted for a row occurs in train. `repeated`: train repeats rows on purpose. Linear, and a few
+    hundredths of what tokenizing takes: it compares digests, and searches `LOOKED_AT` rows of a split for personal data.
     """
     known, copies, sentences = set(), 0, []
     for row in train:
@@ -175,7 +175,7 @@ def brief(train: Sequence[dict], dev: Sequence[dict], labels: dict[str, int] | N
         if kinds:
             sentences.append(f"personal data ({len(looked_at)} {name} rows looked at): "
                              + ", ".join(f"{PERSONAL[kind]} in {kinds[kind]}" for kind in KINDS if kinds[kind]))
-    if labels and "O" not in labels:  # of tags, most are O
+    if labels:
         label, most = max(labels.items(), key=lambda item: item[1])
         share, rare = most / max(1, sum(labels.values())), [label for label, n in labels.items() if n < RARE]
         counts["labels"] = {"most_frequent": label, "share": share, "rare": len(rare)}

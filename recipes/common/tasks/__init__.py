@@ -177,7 +177,8 @@ def _load(shared, method, training) -> Task:
         facts = _facts_of_run(record, shared, rows.facts) if run else rows.facts
         task = _make(kind, shared, source, tokenizer, facts)
         features, counts = _encode(task, rows.splits, shared)
-        disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed, "doctor": _brief(rows, facts, shared)}})
+        disk.keep(folder, features, {"facts": facts, "report": {
+            "splits": counts, **rows.replayed, "doctor": _brief(rows, counts["train"], shared)}})
     features, made = entry or disk.kept(folder)
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
     task.report["doctor"]["details"] = doctor_command(shared, training.seed)
@@ -298,10 +299,10 @@ def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) ->
     return _Rows(splits, replayed, facts, read)
 
 
-def _brief(rows: _Rows, facts: dict, shared) -> dict:
-    """What the doctor says of the rows in short."""
+def _brief(rows: _Rows, trained_on: dict, shared) -> dict:
+    """What the doctor says of the rows in short; `trained_on` is the report on the train rows."""
     counts, sentences = doctor.brief(rows.read["train"][: shared.max_train_samples], rows.read["dev"][: shared.max_eval_samples],
-                                     facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
+                                     trained_on.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
     return {**counts, "sentences": sentences}
 
 

@@ -124,8 +124,8 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         sentences += _none_outside(counts, len(features), shared, dev=not outside_alone)
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
-        **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
-        "sentences": sentences}
+        **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences,
+        **({"labels": dict(sorted(own.items()))} if training else {})}
 
 
 def _absent(labels, own: Counter, rows: int) -> list[str]:
