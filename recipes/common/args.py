@@ -460,6 +460,9 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if not 0 <= training.label_smoothing_factor < 1:
         raise UserError(f"--label_smoothing_factor {training.label_smoothing_factor:g} is no share of the loss: use a number of at least 0 "
                         "and below 1, such as 0.1")
+    if shared.layer_lr_decay > 1:
+        raise UserError(f"--layer_lr_decay {shared.layer_lr_decay:g} would let the lower blocks learn faster than those above them: use a "
+                        "number of up to 1, such as 0.9")
     if shared.adversarial != "none" and not shared.adversarial_epsilon:
         raise UserError(f"--adversarial_epsilon 0 disturbs nothing, and --adversarial {shared.adversarial} takes its time all the same: "
                         "leave both out, or give a number above 0, such as 0.05")
