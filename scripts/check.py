@@ -22,13 +22,7 @@ from recipes.common.errors import UserError
 
 
 def main() -> int:
-    errors.install()
-    try:
-        options = parse()
-        return check(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return errors.status_of(lambda: check(parse()))
 
 
 def check(options) -> int:

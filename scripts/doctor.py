@@ -61,12 +61,7 @@ class Part:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    errors.install()
-    try:
-        return examine(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return errors.status_of(lambda: examine(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def parse(argv: list[str]):

@@ -708,6 +708,8 @@ def test_findings_hold_no_personal_data(doctor, write_jsonl, tmp_path):
     (["--data", "a", "b", "--mask_pii", "x"], "--mask_pii copies one source"),
     (["--data", str(ROOT / "data/customer_service/dev.jsonl"), "--mask_pii", "x.csv"], "name a .jsonl file"),
     (["--columns", "a"], "write NEW=OLD"),
+    (["--data", "x" * 300], f"error: {'x' * 80}... is too long for the name of a file"),
+    (["--json", "x" * 300 + ".json"], "can't be written (File name too long)"),
     (["--shw", "3"], "--help lists the flags"),
     (["--max_length", "4000"], "exceeds the 256 tokens"),
 ])
