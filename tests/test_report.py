@@ -132,6 +132,9 @@ def test_the_report_of_a_run_has_every_section(language, record):
     text = Page(page).text
     for fact in (record["command"], record["data"]["splits"]["train"]["sha256"][:12], "peft", "ROUGE-L", "2 rows are copies"):
         assert fact in text
+    chat, classify = (report.render(record | {"task": task}, language) for task in ("chat", "classify"))
+    for flag, read_by in (("dev_fraction", (chat, classify)), ("eval_generate_rows", (chat,)), ("context_turns", (classify,))):
+        assert [f">{flag}<" in page for page in (chat, classify)] == [page in read_by for page in (chat, classify)]
     headings = re.findall(r"<h[23][^>]*>(.*?)</h", page)
     assert all(bool(HAN.search(heading)) == (language == "zh") for heading in headings) and len(headings) > 12
 

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "rank_allocation": set(),
     "plots": set(),
     "wording": set(),
-    "report": {"plots", "wording"},
+    "report": {"args", "plots", "wording"},
     "model_card": {"evaluation", "plots"},
     "augment": {"errors"},
     "pii": set(),

@@ -383,11 +383,16 @@ def _flags(argv: list[str]) -> set[str]:
 def check_task(shared: SharedArguments, argv: list[str]) -> None:
     """Raise `UserError` if the command line has a flag of another task."""
     flags = _flags(argv)
-    for f in fields(SharedArguments):
-        theirs = f.metadata.get("task", shared.task)
-        theirs = (theirs,) if isinstance(theirs, str) else theirs
-        if shared.task not in theirs and f"--{f.name}" in flags:
-            raise UserError(f"--{f.name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
+    for name, theirs in of_other_tasks(shared.task).items():
+        if f"--{name}" in flags:
+            raise UserError(f"--{name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
+
+
+def of_other_tasks(task: str) -> dict[str, tuple[str, ...]]:
+    """The flags of `SharedArguments` that the task `task` does not read, and the tasks that do."""
+    declared = ((f.name, f.metadata.get("task", task)) for f in fields(SharedArguments))
+    every = {name: (theirs,) if isinstance(theirs, str) else theirs for name, theirs in declared}
+    return {name: theirs for name, theirs in every.items() if task not in theirs}
 
 
 def dev_scores(shared: SharedArguments) -> list[str]:
