@@ -18,6 +18,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 
 class Conversation:
@@ -81,7 +82,7 @@ class Conversation:
                 out.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             return f"{file} can't be written: {error.strerror}"
-        return f"saved {len(self.messages)} turns to {file}"
+        return f"saved {counted(len(self.messages), 'turns')} to {file}"
 
 
 def main():

@@ -19,6 +19,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 
 def main() -> int:
@@ -82,7 +83,7 @@ def answers(golden, folder: Path, max_new_tokens: int) -> list[list[str]]:
         for i, text in zip(at, texts, strict=True):
             said[i].append(text)
     if cut:
-        print(f"note: {cut} answers of {folder} did not end within {max_new_tokens} tokens and were cut")
+        print(f"note: {counted(cut, 'answers')} of {folder} did not end within {max_new_tokens} tokens")
     return said
 
 

@@ -253,7 +253,7 @@ def test_all_labels_of_the_old_rows_are_known_whichever_are_drawn(tiny, tmp_path
     unseen = [label for label, n in counts.items() if n == 0]
     assert counts.keys() == {row["label"] for row in ROWS} | {f"old {i}" for i in range(9)} and 0 < len(unseen) < 9
     assert record["forgetting"]["after"]["loss"] > 0 and list(trainer.model.config.label2id) == list(counts)
-    sentence = f"replay: {len(unseen)} labels of {old} have no row among those drawn, so they are not learned ({', '.join(unseen[:5])}"
+    sentence = f"replay: {len(unseen)} labels of {old} without a row among those drawn, not learned ({', '.join(unseen[:5])}"
     assert sentence in capsys.readouterr().out and any(sentence in note for note in record["data"]["splits"]["train"]["notes"])
     assert np.mean(trainer.task.train["weights"]) == pytest.approx(1)  # labels without rows don't lower the weights of the others
 

@@ -269,7 +269,7 @@ def test_the_loss_is_the_one_of_training(run):
 def test_evaluate_dev_draws_the_same_held_out_share(run, shop):
     """The rows scored are exactly those that the training held out."""
     result = call("scripts/evaluate.py", "--run", run, "--split", "dev", "--max_new_tokens", "4")
-    assert result.code == 0 and "1 rows held out, seed 42" in result.out
+    assert result.code == 0 and "1 row held out, seed 42" in result.out
     record = read(run)
     [expected] = data.load(str(shop), data.check_dialogue, 0.1, 42)["dev"].rows
     predicted = [json.loads(line)["id"] for line in (run / "predictions-dev.jsonl").read_text(encoding="utf-8").splitlines()]

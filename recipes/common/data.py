@@ -35,6 +35,7 @@ from recipes.common.shapes import (  # noqa: F401
     labelled_turns,
     short,
 )
+from recipes.common.wording import counted
 
 # First match wins. "validation" and "val" are what other tools write.
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val"), "test": ("test",)}
@@ -123,8 +124,8 @@ def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", col
     if not rows:
         raise UserError(f"{file.name} holds no usable row, as all {len(skipped)} are bad ones; the first, {skipped[0]}" if skipped else
                         f"{file.name} holds no row: data/README.md says what a file may hold")
-    notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
-                             '"train": false)'] if context else [])]
+    notes = [*file.notes, *([f"{file.name}: {counted(context, 'assistant turn is|assistant turns are')} context and not trained on (tool "
+                             'calls, history, "train": false)'] if context else [])]
     kept = Counter(places[::3])
     counts = [{"name": part.name, "read": kept[i] + refused[shard], "kept": kept[i], "refused": refused[shard]}
               for i, (part, shard) in enumerate(zip(file.shards or [file], shards, strict=True))]
@@ -444,8 +445,8 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         taken = chosen[start: start + len(train.rows)]
         start += len(taken)
         if taken.any():
-            part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), f"{train.source} ({taken.sum()} rows held out, seed {seed})",
-                               train.sha256)
+            name = f"{train.source} ({counted(int(taken.sum()), 'rows')} held out, seed {seed})"
+            part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), name, train.sha256)
         train.rows = train.rows.take(np.flatnonzero(~taken))
 
 
@@ -479,7 +480,8 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
         own = range(start, start + size)
         indices += [*own] * rounds + generator.sample(own, rest)
         start += size
-        effect = f"{size - count} rows are left out" if count < size else f"{count - size} are repeats" if count > size else "each row once"
+        repeats = counted(count - size, "is a repeat|are repeats")
+        effect = f"{counted(size - count, 'row is|rows are')} left out" if count < size else repeats if count > size else "each row once"
         train.notes.append(f"{part.source} with weight {weight:g} gives {count} of the {total} train rows, {count / total:.1%}; "
                            f"it has {size}, so {effect}")
     generator.shuffle(indices)

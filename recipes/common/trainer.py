@@ -50,6 +50,7 @@ from recipes.common import (
 from recipes.common.errors import UserError
 from recipes.common.redaction import redacted
 from recipes.common.scoring import mean_loss
+from recipes.common.wording import counted
 
 GO_ON = "go on with --resume_from_checkpoint"
 # Flag -> what an optimizer calls it.
@@ -159,8 +160,8 @@ class RecipeTrainer(Trainer):
         a_step = self.args.train_batch_size * self.args.world_size
         missing = -len(self.train_dataset) % a_step
         if self.args.world_size > 1 and missing and not (self.args.dataloader_drop_last or self.shared.tokens_per_step):
-            self.watch.tell(f"each epoch ends with {missing} rows that it began with, as {len(self.train_dataset)} rows don't fill batches "
-                            f"of {a_step}; --tokens_per_step repeats none")
+            self.watch.tell(f"each epoch ends with {counted(missing, 'rows')} that it began with, as {len(self.train_dataset)} rows don't "
+                            f"fill batches of {a_step}; --tokens_per_step repeats none")
 
     def measure_before(self) -> None:
         """Score the old rows with the weights that training starts from, or find these scores in the log of the run that is resumed."""

@@ -32,6 +32,7 @@ from datasets import Dataset
 
 from recipes.common import args, batches, data, deadline, disk, doctor, encoding, losses, models, regularize, streaming, trained
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
 # Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
@@ -365,7 +366,7 @@ def _know_old_labels(old: _Old, facts: dict, every: dict, train: data.Rows) -> N
     missing = [label for label in every if label not in facts["labels"]]
     facts["labels"] = {label: facts["labels"].get(label, 0) for label in every}
     if missing:
-        train.notes.append(f"replay: {len(missing)} labels of {old.name} have no row among those drawn, so they are not learned "
+        train.notes.append(f"replay: {counted(len(missing), 'labels')} of {old.name} without a row among those drawn, not learned "
                            f"({', '.join(missing[:5])}{' ...' if missing[5:] else ''}): a larger share draws more")
 
 
@@ -466,7 +467,7 @@ def print_report(task: Task) -> None:
     asked = f" (from scratch, after {source.requested})" if source.from_scratch else f" (asked for: {source.requested})"
     print(f"model: {source.used}" + (asked if source.used != source.requested else ""))
     if task.lineage:
-        print("goes on from: {run} ({recipe}, {steps} steps)".format(**task.lineage[-1]))
+        print("goes on from: {run} ({recipe}, {counted})".format(**task.lineage[-1], counted=counted(task.lineage[-1]["steps"], "steps")))
     if report.get("tokenized", {}).get("from_cache"):
         print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):
@@ -475,7 +476,8 @@ def print_report(task: Task) -> None:
         if "rows" not in c:
             print(f"{split}: {c['source']}, {c['notes'][0]}")
             continue
-        print(f"{split}: {c['kept']} of {c['rows']} {c['unit']}, {c['tokens']:,} tokens, {c['supervised']:,} {c['items']} trained on "
+        print(f"{split}: {c['kept']} of {counted(c['rows'], c['unit'])}, {counted(c['tokens'], 'tokens')}, "
+              f"{counted(c['supervised'], c['items'])} trained on "
               f"({c['source']})")
         for sentence in c["notes"] + c["sentences"]:
             print(f"  {sentence}")
