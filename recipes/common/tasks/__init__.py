@@ -476,7 +476,7 @@ def print_report(task: Task) -> None:
         if "rows" not in c:
             print(f"{split}: {c['source']}, {c['notes'][0]}")
             continue
-        print(f"{split}: {c['kept']} of {counted(c['rows'], c['unit'])}, {counted(c['tokens'], 'tokens')}, "
+        print(f"{split}: {c['kept']:,} of {counted(c['rows'], c['unit'])}, {counted(c['tokens'], 'tokens')}, "
               f"{counted(c['supervised'], c['items'])} trained on "
               f"({c['source']})")
         for sentence in c["notes"] + c["sentences"]:
