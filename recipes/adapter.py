@@ -17,6 +17,8 @@ from recipes.common.args import option, trainer_option
 
 @dataclass
 class MethodArguments(args.Method):
+    peft_method = "BOTTLENECK"
+
     learning_rate: float = trainer_option(3e-3, "best on SmolLM2-135M (docs/benchmarks.md); new weights need large steps", classify=1e-3)
     bottleneck_size: int = option(32, "width of the bottleneck; 8 to 64 did equally well in the paper", at_least=1, search=(8, 16, 32, 64))
     placement: Literal["houlsby", "pfeiffer"] = option("houlsby", "pfeiffer: after the feed-forward part only, half as many")

@@ -18,6 +18,7 @@ from recipes.common.errors import UserError
 @dataclass
 class MethodArguments(args.Method):
     learns_from_scratch = True
+    peft_method = ""
 
     learning_rate: float = trainer_option(2e-4, "best on SmolLM2-135M (docs/benchmarks.md); models of billions want 1e-5",
                                           tag=3e-4, from_scratch=1e-3)

@@ -19,6 +19,8 @@ from recipes.common.errors import UserError
 
 @dataclass
 class MethodArguments(args.Method):
+    peft_method = "LORA"
+
     learning_rate: float = trainer_option(2e-3, "best on SmolLM2-135M (docs/benchmarks.md); models of billions want 2e-4", classify=1e-3)
     rank: int = option(8, "rank of the update B A: more learns more and forgets more; 4 to 64 are common", at_least=1,
                        search=(4, 8, 16, 32))

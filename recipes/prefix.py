@@ -19,6 +19,8 @@ from recipes.common.errors import UserError
 
 @dataclass
 class MethodArguments(args.Method):
+    peft_method = "PREFIX_TUNING"
+
     learning_rate: float = trainer_option(5e-2, "best on SmolLM2-135M (docs/benchmarks.md); high, as few numbers must do it all",
                                           prefix_projection=1e-3, classify=1e-2)
     num_virtual_tokens: int = option(100, "length of the prefix; the paper's best are 5 to 200 (figure 4)", {"classify": 20, "tag": 20},

@@ -40,6 +40,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, augment, data, errors
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 WORDS = {"swap": augment.swap, "delete": augment.delete, "noise": augment.noise}
 METHODS = ("synonym", *WORDS, "variant", "backtranslate", "paraphrase")
@@ -77,11 +78,11 @@ def main():
                 kept[number].append(texts)
                 seen.add(json.dumps(texts, ensure_ascii=False))
                 copies.append(copy_of(sources[number], texts, number, f"{method}-{copy}", method))
-            print(f"{method}, copy {copy}: {len(copies) - before} rows added")
+            print(f"{method}, copy {copy}: {counted(len(copies) - before, 'rows')} added")
     for (method, reason), count in sorted(dropped.items()):
-        print(f"{method}: {count} copies dropped: {reason}")
+        print(f"{method}: {counted(count, 'copy|copies')} dropped: {reason}")
     write(Path(options.out), [*rows.rows, *copies])
-    print(f"wrote {options.out}: {len(rows.rows)} rows and {len(copies)} copies")
+    print(f"wrote {options.out}: {counted(len(rows.rows), 'rows')} and {counted(len(copies), 'copy|copies')}")
     folder = Path(options.out).absolute().parent
     if copies and not any(path.name.lower().startswith(data.SPLITS["dev"]) for path in folder.iterdir()):
         print(f"note: to train on it, lay a dev file of other rows beside it, such as {Path(options.out).parent / 'dev.jsonl'}")
@@ -272,7 +273,7 @@ def paraphrase(texts: list[str], name: str, copy: int) -> list[str | None]:
     fitting = [prompt for prompt in prompts if prompt]
     replies, cut = generation.replies(model, tokenizer, fitting, MAX_NEW_TOKENS, description="Paraphrasing")
     if cut:
-        print(f"note: {cut} paraphrases did not end within {MAX_NEW_TOKENS} tokens")
+        print(f"note: {counted(cut, 'paraphrases')} did not end within {MAX_NEW_TOKENS} tokens")
     answers = iter(replies)
     return [next(answers).strip("\"'“”「」 \n") if prompt else None for prompt in prompts]
 

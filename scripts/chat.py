@@ -18,6 +18,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 
 class Conversation:
@@ -47,20 +48,23 @@ class Conversation:
             print(f"(the oldest turns no longer fit: the model reads {len(prompt)} of {len(whole)} tokens)", file=sys.stderr)
 
         class Streamer(TextStreamer):
-            begun = False
+            begun, last = False, ""
 
             def on_finalized_text(self, text, stream_end=False):
                 text = text if self.begun else text.lstrip()  # the blank between "Assistant:" and the reply
-                text = text.removesuffix(generation.PART_OF_A_CHARACTER) if stream_end else text
                 self.begun = self.begun or bool(text)
-                print(text, end="\n" if stream_end else "", file=out, flush=True)
+                if stream_end:
+                    self.last = text  # written once it is known whether the reply was cut, which may leave part of a character
+                else:
+                    print(text, end="", file=out, flush=True)
 
         ids, mask = generation.left_pad([prompt], self.tokenizer.pad_token_id)
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 0.9} if self.temperature > 0 else {"do_sample": False}
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         tokens = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
-                                     max_new_tokens=self.max_new_tokens, **sampling,
-                                     streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True))[0, len(prompt):]
+                                     max_new_tokens=self.max_new_tokens, **sampling, streamer=streamer)[0, len(prompt):]
         answer, cut = generation.text(tokens.tolist(), self.model, self.tokenizer)
+        print(streamer.last.removesuffix(generation.PART_OF_A_CHARACTER) if cut else streamer.last, file=out, flush=True)
         # Only now: an interrupted reply leaves the conversation as it was. A reply without text stays out, as no row may hold one.
         self.messages = [*asked, {"role": "assistant", "content": answer}] if answer else self.messages
         if cut:
@@ -78,7 +82,7 @@ class Conversation:
                 out.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             return f"{file} can't be written: {error.strerror}"
-        return f"saved {len(self.messages)} turns to {file}"
+        return f"saved {counted(len(self.messages), 'turns')} to {file}"
 
 
 def main():

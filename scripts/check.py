@@ -19,16 +19,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 
 def main() -> int:
-    errors.install()
-    try:
-        options = parse()
-        return check(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return errors.status_of(lambda: check(parse()))
 
 
 def check(options) -> int:
@@ -88,7 +83,7 @@ def answers(golden, folder: Path, max_new_tokens: int) -> list[list[str]]:
         for i, text in zip(at, texts, strict=True):
             said[i].append(text)
     if cut:
-        print(f"note: {cut} answers of {folder} did not end within {max_new_tokens} tokens and were cut")
+        print(f"note: {counted(cut, 'answers')} of {folder} did not end within {max_new_tokens} tokens")
     return said
 
 

@@ -36,6 +36,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 MODELS = {"classify": "minilm", "tag": "minilm"}  # for the other tasks smollm2
 LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatever --label names is called label by then
@@ -61,12 +62,7 @@ class Part:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    errors.install()
-    try:
-        return examine(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return errors.status_of(lambda: examine(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def parse(argv: list[str]):
@@ -236,7 +232,7 @@ def tell(split: str, part: Part, on_bad_row: str) -> list:
     from recipes.common.doctor import Finding, visible
 
     kept, refused = len(part.rows), len(part.refused)
-    print(visible(f"{split}: {kept + refused:,} rows read, {kept:,} kept, {refused:,} refused ({part.name})"))
+    print(visible(f"{split}: {counted(kept + refused, 'rows')} read, {kept:,} kept, {refused:,} refused ({part.name})"))
     for note in part.notes:
         print(visible(f"  note: {note}"))
     for bad in part.refused[:SHOWN]:
@@ -474,8 +470,9 @@ def flawed(name: str, rows: dict[str, list]) -> list:
     """Findings about the tokens of dialogues: turns that do not end, a first token that stands twice."""
     from recipes.common.doctor import Finding
 
-    sentences = {"no-end": "hold an answer whose end is not trained on", "double-bos": "begin with the first token twice"}
-    return [Finding("warning", code, f"{len(found)} rows in {name} {sentences[code]}", found, len(found), name)
+    sentences = {"no-end": [f"{hold} an answer whose end is not trained on" for hold in ("holds", "hold")],
+                 "double-bos": [f"{begin} with the first token twice" for begin in ("begins", "begin")]}
+    return [Finding("warning", code, f"{counted(len(found), 'rows')} in {name} {sentences[code][len(found) > 1]}", found, len(found), name)
             for code, found in rows.items() if found]
 
 
@@ -489,7 +486,7 @@ def special_tokens(name: str, part: Part, task) -> list:
         if held := [token for token in special if token in text]:
             rows.append(number)
             there.update(held)
-    sentence = f"{len(rows)} rows in {name} hold a special token of the model in their text ({', '.join(there)})"
+    sentence = f"{counted(len(rows), 'rows')} in {name} with a special token of the model in the text ({', '.join(there)})"
     return [Finding("warning", "special-token", sentence, rows, len(rows), name)] if rows else []
 
 
@@ -558,18 +555,18 @@ def mask(out: Path, files: list[tuple[str, Part]], single: bool, shared) -> None
             disk.forget()
 
     write(out, "--mask_pii", fill)
-    print(f"\nwrote {out}: {sum(len(part.rows) for _, part in files):,} rows; "
-          + (", ".join(f"{counts[kind]:,} {doctor.PERSONAL[kind]}" for kind in pii.KINDS if counts[kind]) or "nothing") + " masked")
+    print(f"\nwrote {out}: {counted(sum(len(part.rows) for _, part in files), 'rows')}; "
+          "masked: " + (", ".join(f"{doctor.PERSONAL[kind]} {counts[kind]:,}" for kind in pii.KINDS if counts[kind]) or "nothing"))
     if refused := sum(len(part.refused) for _, part in files):
-        print(f"  {refused:,} refused rows are not in it")
+        print(f"  {counted(refused, 'refused row is|refused rows are')} not in it")
     if shared.columns:
         print("  its columns have their new names: leave --columns out where it is read")
     if spread:
-        print(f"  {len(spread)} rows still hold some, spread over several tokens: {some(spread)}")
+        print(f"  {counted(len(spread), 'row still holds|rows still hold')} some, spread over several tokens: {some(spread)}")
     for column, rows in left.items():
         name = doctor.visible(json.dumps(column, ensure_ascii=False))
-        print(f"  {name} is copied as it is, although {len(rows)} rows hold personal data in it, as a label, an id, a number or a "
-              f"name: {some(rows)}")
+        print(f"  {name} is copied as it is, although {counted(len(rows), 'row holds|rows hold')} personal data in it, as a label, an id, "
+              f"a number or a name: {some(rows)}")
 
 
 def some(rows: list[str]) -> str:

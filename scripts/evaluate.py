@@ -28,6 +28,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from recipes.common import args, errors, processes
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 
 def main():
@@ -74,7 +75,7 @@ def main():
         base = "start (drawn at random)" if tasks.flags(record).from_scratch else f"{used} (untuned)"
         untuned = partial(models.load_base, run, dtype, task.auto_class, task.config)
         candidates = {base: evaluation.Candidate(untuned, task), **candidates}
-    print(f"{len(rows)} {kind.UNIT} from {source}")
+    print(f"{counted(len(rows), kind.UNIT)} from {source}")
     latency = {}
     if options.latency:
         candidates = {name: own._replace(load=partial(timed, name, own, rows, record, options, latency))

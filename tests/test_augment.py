@@ -255,8 +255,8 @@ def test_dialogues(write_jsonl, tmp_path):
         assert ("MW204518" if row["id"] == "en-1" else "MW585501") in users(copy)[1]
     assert len({json.dumps(users(row), ensure_ascii=False) for row in rows}) == len(rows)
     assert len({row["id"] for row in rows}) == len(rows)
-    counted = [int(n) for n in re.findall(r"copy \d: (\d+) rows added", result.out)]
-    dropped = [int(n) for n in re.findall(r": (\d+) copies dropped", result.out)]
+    counted = [int(n) for n in re.findall(r"copy \d: (\d+) rows? added", result.out)]
+    dropped = [int(n) for n in re.findall(r": (\d+) cop(?:y|ies) dropped", result.out)]
     assert sum(counted) == len(copies) and sum(counted) + sum(dropped) == 2 * 4 * 2
     assert f"wrote {out}: 2 rows and {len(copies)} copies" in result.out
     assert f"lay a dev file of other rows beside it, such as {out.parent / 'dev.jsonl'}" in result.out
@@ -312,12 +312,12 @@ def test_near_copies_and_repeats_are_dropped_and_counted(write_jsonl, tmp_path):
     for limit, expected in (("0.5", 0), ("1", 1)):
         result = call(SCRIPT, "--data", path, "--out", tmp_path / f"{limit}.jsonl", "--methods", "noise", "--max_similarity", limit)
         assert len(copies_of(tmp_path / f"{limit}.jsonl")) == expected
-        assert ("noise: 1 copies dropped: more similar than 0.5" in result.out) == (expected == 0)
+        assert ("noise: 1 copy dropped: more similar than 0.5" in result.out) == (expected == 0)
     words = write_jsonl(["cats\tdogs"], "words.tsv")
     path = write_jsonl([{"text": "I like cats", "label": "a"}, {"text": "I like dogs", "label": "b"}])
     result = call(SCRIPT, "--data", path, "--out", tmp_path / "c.jsonl", "--methods", "synonym", "--synonyms", words)
     assert copies_of(tmp_path / "c.jsonl") == []
-    assert "1 copies dropped: equal to another row" in result.out and "1 copies dropped: nothing in the row could be altered" in result.out
+    assert "1 copy dropped: equal to another row" in result.out and "1 copy dropped: nothing in the row could be altered" in result.out
 
 
 def test_copies_are_not_copied_and_a_language_can_be_chosen(write_jsonl, tmp_path):
@@ -484,8 +484,8 @@ def test_backtranslation(translators, write_jsonl, tmp_path):
     result = call(SCRIPT, "--data", write_jsonl(rows), "--out", out, "--methods", "backtranslate", "--backtranslate", *translators)
     assert result.code == 0, result.err
     assert copies_of(out) == [{"text": "Where can my order be?", "label": "0", "augmented": {"from": 1, "method": "backtranslate"}}]
-    assert "backtranslate: 1 copies dropped: a number, an id, a negation or a protected word changed" in result.out
-    assert "backtranslate: 1 copies dropped: nothing in the row could be altered" in result.out
+    assert "backtranslate: 1 copy dropped: a number, an id, a negation or a protected word changed" in result.out
+    assert "backtranslate: 1 copy dropped: nothing in the row could be altered" in result.out
 
 
 def test_a_wrong_kind_of_model_is_told(translators, tiny, write_jsonl, tmp_path):
@@ -511,7 +511,7 @@ def test_paraphrases(write_jsonl, tmp_path):
     result = call(SCRIPT, "--data", write_jsonl(rows), "--out", out, "--methods", "paraphrase", "--paraphrase", folder)
     assert result.code == 0, result.err
     assert copies_of(out) == [{"text": "Could you find my order?", "label": "a", "augmented": {"from": 1, "method": "paraphrase"}}]
-    assert "paraphrase: 1 copies dropped: a number, an id, a negation or a protected word changed" in result.out
+    assert "paraphrase: 1 copy dropped: a number, an id, a negation or a protected word changed" in result.out
 
 
 def test_the_bundled_data_can_be_augmented(tmp_path):

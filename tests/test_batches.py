@@ -332,9 +332,12 @@ def test_every_task_can_be_grouped(tiny, tmp_path):
     source = models.resolve(str(tiny("t5")))
     task = kind.make(shared, source, models.load_tokenizer(source), {})
     rows = [{"source": "a" * n, "target": "b" * (30 - n)} for n in (2, 25, 8, 24)]
-    features, _ = task.encode(rows, "rows")
-    made = batches.collate(list(features), task.collate, lambda lengths: batches.split(lengths, 60, 1))
+    features, counts = task.encode(rows, "rows")
+    lengths = batches.lengths(features, task.texts)
+    assert sum(lengths) == counts["tokens"] and len(set(lengths)) == 1  # source and target together, and what ends each
+    made = batches.collate(list(features), task.collate, lambda lengths: batches.split(lengths, 60, 1), task.texts)
     assert len(made) > 1 and sum(len(batch["labels"]) for batch in made) == 4
+    assert sum(int(batches.real(batch, task.texts).sum()) for batch in made) == counts["tokens"]
     for batch in made:
         assert batch["attention_mask"].any(0).all() and (batch["labels"] != -100).any(0).all()
 

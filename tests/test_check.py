@@ -154,6 +154,7 @@ def test_what_can_t_be_checked_ends_with_2(taught, tmp_path):
     for words, part in ((["--run", taught[0], "--cases", bad], "case 1: the key 'turns' is missing"),
                         (["--run", taught[0], "--cases", tmp_path / "absent.yaml"], "absent.yaml can't be read"),
                         (["--run", tmp_path, "--cases", good], f"--run {tmp_path}"),
+                        (["--run", "x" * 300, "--cases", good], "is too long for the name of a file"),
                         (["--run", taught[0], "--cases", good, "--json", tmp_path], "--json"),
                         (["--run", taught[0]], "--cases")):
         result = call("scripts/check.py", *words)

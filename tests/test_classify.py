@@ -145,9 +145,9 @@ def test_a_context_that_is_too_long_loses_its_oldest_words_and_the_text_none(kin
     assert plain in texts[0] and "onfriday" in texts[0] and "first" not in texts[0]
     assert texts[2].startswith("orderorder") and len(features["input_ids"][2]) == 48
     assert max(map(len, features["input_ids"])) == 48 and len(features["input_ids"][0]) > 40
-    whole = "1 rows exceed --max_length 48 and lost their end"
+    whole = "1 row exceeds --max_length 48: the end is cut off"
     assert counts["shortened"] == 2 and counts["sentences"][:2] == [
-        whole, "2 rows exceed --max_length 48 with their context, which lost its beginning, or all"]
+        whole, "2 rows exceed --max_length 48 with the context, which lost its beginning, or all"]
     fitting, counts = task_for(tiny(kind), [dialogue, long], label="intent", context_turns=2, max_length=250).encode(rows[:2], "x")
     assert "first" in task.tokenizer.decode(fitting["input_ids"][0]) and counts["shortened"] == 0
 
@@ -155,7 +155,7 @@ def test_a_context_that_is_too_long_loses_its_oldest_words_and_the_text_none(kin
 def test_of_two_texts_side_by_side_an_encoder_reads_the_beginning_of_both(tiny):
     row = {"text": "order " * 40, "text_pair": "Hello " * 40, "label": "order_status"}
     features, counts = task_for(tiny("bert"), max_length=21).encode([row], "x")
-    assert features["token_type_ids"][0].count(1) == 10 and "1 rows exceed --max_length 21 and lost their end" in counts["sentences"]
+    assert features["token_type_ids"][0].count(1) == 10 and "1 row exceeds --max_length 21: the end is cut off" in counts["sentences"]
 
 
 def test_balanced_weights_make_all_labels_alike_in_sum(tiny):
@@ -179,6 +179,8 @@ def test_balanced_weights_are_those_of_the_rows_that_are_trained_on(tiny, tmp_pa
     assert trainer.task.train["weights"] == pytest.approx([2 / 3] * 3 + [2])
     [told] = [sentence for sentence in trainer.task.report["splits"]["train"]["sentences"] if "no row among" in sentence]
     assert told == "1 of 3 labels have no row among these 4, so they are not trained on (c)"
+    assert trainer.task.report["splits"]["train"]["labels"] == {"a": 3, "b": 1}
+    assert "2 of 2 labels occur fewer than 5 times in train: a, b" in trainer.task.report["doctor"]["sentences"]
 
 
 def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):
@@ -186,7 +188,7 @@ def test_out_of_scope_rows_are_counted_and_never_trained_on(tiny):
     task = task_for(tiny("bert"), rows=rows, oos_label="oos")
     assert "oos" not in task.config["label2id"]
     train, counts = task.encode(rows, "x", training=True)
-    assert len(train) == 6 and counts["left_out"] == [7] and "1 out-of-scope rows are not trained on" in counts["sentences"]
+    assert len(train) == 6 and counts["left_out"] == [7] and "1 out-of-scope row is not trained on" in counts["sentences"]
     assert task.encode(rows, "x")[0]["labels"][-1] == IGNORE
 
 
@@ -485,7 +487,7 @@ def test_test_rows_out_of_scope_or_too_long_are_scored_and_told(tiny, folder, tm
                "--load_best_model_at_end", "False", "--max_length", "32")
     result = call("scripts/evaluate.py", "--run", tmp_path / "run", "--json", tmp_path / "scores.json", "--dtype", "float32")
     assert result.code == 0, result.err
-    assert "note: 1 rows exceed --max_length 32 and lost their end" in result.out
+    assert "note: 1 row exceeds --max_length 32: the end is cut off" in result.out
     [row] = [row for row in json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["table"] if row["language"] == "all"]
     assert row["count"] == 2
 
@@ -549,8 +551,8 @@ def test_an_encoder_decoder_reads_one_text_that_ends_once(tiny):
     assert [row["input_ids"].count(end) for row in features] == [1, 1, 1] and all(row["input_ids"][-1] == end for row in features)
     assert task.tokenizer.decode(features[0]["input_ids"][:-1]) == "user: Hi\nWhere is it?"
     assert len(features[2]["input_ids"]) == 40
-    assert counts["sentences"] == ["1 rows exceed --max_length 40 and lost their end",
-                                   "1 rows hold the token </s>, which ends a text: it is left out of theirs",
+    assert counts["sentences"] == ["1 row exceeds --max_length 40: the end is cut off",
+                                   "1 row holds the token </s>, which ends a text: it is left out",
                                    "1 of 3 rows have a text_pair, the others are read without"]
     model = task.load_model().eval()
     [part] = task.loss(model, task.collate(list(features)))

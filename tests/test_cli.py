@@ -162,6 +162,7 @@ def test_make_and_accelerate_add_no_traceback(tmp_path):
     ("prefix", ["--num_virtual_tokens", "0"], ["--num_virtual_tokens", "'0'", "at least 1"]),
     ("prefix", ["--activation_checkpointing"], ["--activation_checkpointing", "prefix"]),
     ("prefix", ["--layer_lr_decay", "0.9"], ["--layer_lr_decay", "belongs to no block"]),
+    ("lora", ["--layer_lr_decay", "1.1"], ["--layer_lr_decay 1.1", "number of up to 1"]),
     ("prefix", ["--projection_hidden_size", "64"], ["--projection_hidden_size", "--prefix_projection: add that"]),
     ("lora", ["--adversarial_epsilon", "0.5"], ["--adversarial_epsilon changes nothing without --adversarial fgm or pgd"]),
     ("lora", ["--eval_generate_tokens=9"], ["--eval_generate_tokens changes nothing without --eval_generate_rows N"]),

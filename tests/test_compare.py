@@ -381,6 +381,22 @@ def test_a_trial_scores_as_the_run_with_its_settings(shop, tiny, tmp_path):
     assert ended_early
 
 
+def test_settings_that_a_recipe_refuses_cost_their_trial_alone(shop, tiny, tmp_path):
+    """A prefix longer than the room beside the rows, and ranks that leave AdaLoRA nothing to take away."""
+    common = ["--model", tiny("llama"), "--data", shop, "--max_steps", "1", "--use_cpu", "--no_bf16", "--output_dir", tmp_path / "out"]
+    words = ["recipes/common/search.py", *common, "--trials", "4", "--result", tmp_path / "x.json"]
+    done = test_cli.call(*words, "--recipe", "prefix", "--max_length", "230", "--num_virtual_tokens", "20")
+    assert done.code == 0, done.err
+    trials = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["trials"]
+    refused = [trial for trial in trials if trial["settings"]["num_virtual_tokens"] > 26]
+    assert 0 < len(refused) < len(trials) == 4
+    assert done.out.count("is not trained: --max_length 230 and --num_virtual_tokens") == len(refused)
+    assert all((trial["state"], "why" in trial) == (("PRUNED", True) if trial in refused else ("COMPLETE", False)) for trial in trials)
+    (tmp_path / "x.json").unlink()
+    test_cli.refused(test_cli.call(*words, "--recipe", "adalora", "--init_rank", "4", "--target_rank", "3", "--max_steps", "9"),
+                     "4 of 4 trials could not be trained", "leaves nothing to take away", untouched=tmp_path / "x.json")
+
+
 def test_a_choice_by_another_score_than_the_one_that_decides_is_told(go, tmp_path):
     out = tmp_path / "out"
     _, printed, _ = go(out, "--recipes", "lora", "--grid", "lora.rank=2,4", "--budget", "steps:2", "--metric", "bleu")

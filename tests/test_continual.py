@@ -74,6 +74,8 @@ def test_a_run_goes_on_where_the_other_ended(variant, parent, data, tmp_path):
     """With a learning rate of zero the new run is the old one, whatever the method; with another it moves on from there."""
     folder, trainer = parent(variant)
     recipe, *flags = VARIANTS[variant]
+    own = importlib.import_module(f"recipes.{recipe}").MethodArguments.peft_method
+    assert own == (trainer.model.active_peft_config.peft_type if recipe != "full" else "")
     stand_still = ("--max_steps", "1", "--learning_rate", "0", "--load_best_model_at_end", "False", "--max_length", "150")
     same = go_on(recipe, folder, data["second"], tmp_path / "same", *flags, *stand_still)
     torch.testing.assert_close(logits(same.model.eval()), logits(trainer.model.eval()), rtol=1e-5, atol=1e-5)
@@ -90,6 +92,7 @@ def test_adalora_goes_on_with_the_ranks_it_has(tiny, data, tmp_path):
     """Ranks move even where nothing is learned, so what is compared is the model before its first step."""
     steps = ("--max_steps", "4", *SHORT[2:])
     first = run_recipe("adalora", tiny("llama"), data["first"], tmp_path / "one", *steps)
+    assert importlib.import_module("recipes.adalora").MethodArguments.peft_method == first.model.active_peft_config.peft_type
     second = go_on("adalora", tmp_path / "one", data["second"], tmp_path / "two", *steps, "--max_length", "150", trainer_class=Watched)
     for name, parameter in first.model.named_parameters():
         torch.testing.assert_close(second.before[name], parameter)
@@ -118,8 +121,9 @@ def test_lineage_grows_and_a_new_method_may_build_on_a_whole_model(parent, data,
     ("lora", ("--task", "classify", "--label", "intent"), "was trained with --task chat, not classify: give --task chat$")])
 def test_what_does_not_go_on_is_refused(recipe, flags, wrong, parent, data, tmp_path):
     folder, _ = parent("lora")
+    rows = tmp_path / "not read" if recipe != "lora" else data["second"]  # another recipe is told before any row is read
     with pytest.raises(UserError, match=wrong):
-        go_on(recipe, folder, data["second"], tmp_path / "run", *flags, *SHORT)
+        go_on(recipe, folder, rows, tmp_path / "run", *flags, *SHORT)
     assert not (tmp_path / "run").exists()
 
 
@@ -174,7 +178,7 @@ def test_a_run_without_its_parameters_does_not_go_on(parent, data, tmp_path):
     for name in ("trained_parameters.safetensors", "adapter_config.json"):
         (run / name).unlink()
         with pytest.raises(UserError, match=f"run lacks {name}, without which"):
-            go_on("lora", run, data["second"], tmp_path / "next", *SHORT)
+            go_on("lora", run, tmp_path / "not read", tmp_path / "next", *SHORT)
 
 
 def test_an_adapter_s_head_sees_what_it_learned_from(tiny, tmp_path, write_jsonl):
@@ -249,7 +253,7 @@ def test_all_labels_of_the_old_rows_are_known_whichever_are_drawn(tiny, tmp_path
     unseen = [label for label, n in counts.items() if n == 0]
     assert counts.keys() == {row["label"] for row in ROWS} | {f"old {i}" for i in range(9)} and 0 < len(unseen) < 9
     assert record["forgetting"]["after"]["loss"] > 0 and list(trainer.model.config.label2id) == list(counts)
-    sentence = f"replay: {len(unseen)} labels of {old} have no row among those drawn, so they are not learned ({', '.join(unseen[:5])}"
+    sentence = f"replay: {len(unseen)} labels of {old} without a row among those drawn, not learned ({', '.join(unseen[:5])}"
     assert sentence in capsys.readouterr().out and any(sentence in note for note in record["data"]["splits"]["train"]["notes"])
     assert np.mean(trainer.task.train["weights"]) == pytest.approx(1)  # labels without rows don't lower the weights of the others
 

@@ -96,7 +96,7 @@ def test_prompts_without_room_are_counted(llama, capsys):
     asked = dev_answers.questions(features(tokenizer), tokenizer, 99, encoder_decoder=False)
     longest = max(len(prompt) for prompt, _ in asked)
     dev_answers.score(model, tokenizer, asked, 256 - longest + 1, seconds=0.001)
-    assert "1 prompts leave no room" in capsys.readouterr().out
+    assert "1 prompt leaves no room" in capsys.readouterr().out
 
 
 def test_processes_share_the_questions(llama, monkeypatch):

@@ -212,7 +212,7 @@ def test_text_files(doctor, tiny, tmp_path):
         with gzip.open(tmp_path / "mine" / f"{name}.txt.gz", "wt", encoding="utf-8") as file:
             file.write("Where is my order?\n\n我的订单在哪里？\nMail jo@example.com\n")
     status, out = doctor("--data", tmp_path / "mine", "--task", "pretrain")
-    assert status == 0 and "\ntrain: 3 texts, " in out and "3 rows stand word for word" in out
+    assert status == 0 and "\ntrain: 3 texts, " in out and "leaks between splits: 3 exact" in out
     assert "(row 4)" in out, "the number of a row is that of its line"
 
 
@@ -419,7 +419,7 @@ def test_a_first_token_that_stands_twice(doctor, tiny, write_jsonl, tmp_path):
     assert doctor("--data", path, "--model", twice, "--strict")[0] == 1
     rows = [*DIALOGUES[1:], {"messages": [{"role": "user", "content": "<|endoftext|>Hi"}, {"role": "assistant", "content": "Yo"}]}]
     status, out = doctor("--data", write_jsonl(rows), "--model", plain, "--dev_fraction", 0.1)
-    assert status == 0 and re.search(r"^warning: 1 rows in (train|dev) begin with the first token twice \(row 4\)", out, re.M)
+    assert status == 0 and re.search(r"^warning: 1 row in (train|dev) begins with the first token twice \(row 4\)", out, re.M)
 
 
 def test_how_the_assistants_turns_are_found_is_told(doctor, tiny, write_jsonl, tmp_path):
@@ -438,7 +438,7 @@ def test_labels_that_train_does_not_have(doctor, write_jsonl, tmp_path):
     write_jsonl([*LABELS, {"text": "Sing!", "label": "oos"}], "mine/train.jsonl")
     status, out = doctor("--data", tmp_path / "mine", "--task", "classify", "--oos_label", "oos")
     assert "[refused-row]" not in out and "[rare-label]" not in out and "[unseen-label]" not in out
-    assert "train: 1 out-of-scope rows are not trained on\n" in out and "\ntrain: 18 rows, " in out and "\ndev: 4 rows, " in out
+    assert "train: 1 out-of-scope row is not trained on\n" in out and "\ntrain: 18 rows, " in out and "\ndev: 4 rows, " in out
 
 
 def test_one_label_stops(doctor, write_jsonl, tmp_path):
@@ -453,7 +453,7 @@ def test_turns_with_a_label(doctor, write_jsonl):
                           {"role": "user", "content": "Thanks!", "intent": "thank"}, {"role": "assistant", "content": "Bye."}]}
             for i in range(5) for text, label in (("Where is it?", "status"), ("Are you open?", "hours"))]
     status, out = doctor("--data", write_jsonl(rows), "--task", "classify", "--label", "intent", "--dev_fraction", 0.1)
-    assert "\ntrain: 18 labelled turns in 9 rows, " in out and "\ndev: 2 labelled turns in 1 rows, " in out
+    assert "\ntrain: 18 labelled turns in 9 rows, " in out and "\ndev: 2 labelled turns in 1 row, " in out
     assert "[duplicate]" not in out and "[conflict]" not in out and "leak-exact" not in out, "dialogues are compared, not their turns"
 
 
@@ -469,7 +469,7 @@ def test_only_the_column_to_predict_is_judged(doctor, write_jsonl):
 def test_special_and_unknown_tokens(doctor, write_jsonl):
     path = write_jsonl([*DIALOGUES[1:], {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "Hm."}]}])
     status, out = doctor("--data", path)
-    assert re.search(r"^warning: 1 rows in \w+ hold a special token of the model in their text \(<\|im_end\|>\) \(row 4\)", out, re.M)
+    assert re.search(r"^warning: 1 row in \w+ with a special token of the model in the text \(<\|im_end\|>\) \(row 4\)", out, re.M)
     rows = [{**row, "text": row["text"] + " 龘龘龘龘"} for row in LABELS]
     assert "[unknown-token]" in doctor("--data", write_jsonl(rows), "--task", "classify")[1]
     clean = [{"text": "is my order", "label": "a"}, {"text": "my order is", "label": "b"}] * 6
@@ -480,7 +480,7 @@ def test_a_leak_and_a_copy(doctor, write_jsonl, tmp_path):
     write_jsonl([*DIALOGUES, DIALOGUES[1]], "mine/train.jsonl")
     write_jsonl(DIALOGUES[2:3], "mine/dev.jsonl")
     status, out = doctor("--data", tmp_path / "mine")
-    assert status == 0 and "between splits: 1 rows stand word for word in an earlier one\n" in out
+    assert status == 0 and "leaks between splits: 1 exact\n" in out
     assert doctor("--data", tmp_path / "mine", "--strict")[0] == 1
     assert "row 1 of dev and row 3 of train (row 1); take these rows out of one of the two splits [leak-exact]\n" in out
     assert re.search(r"^warning: 1 of 5 rows in train repeat an earlier row word for word \(row 5\)", out, re.M)
@@ -557,7 +557,7 @@ def test_the_copy_of_a_file(doctor, write_jsonl, tmp_path):
         "我是[EMAIL_1]，手机[PHONE_1]", "收到，稍后打[PHONE_1]", "也可以打[PHONE_2]", "好的"]
     assert rows[0]["id"] == "a" and rows[0]["messages"][1]["train"] is False and rows[1]["messages"][0]["content"] == "Mail [EMAIL_1]"
     assert rows[1]["contact"] == "[EMAIL_1]", "the same person as in the turns"
-    assert "2 rows; 3 e-mail addresses, 3 telephone numbers masked\n  1 refused rows are not in it\n" in printed
+    assert "2 rows; masked: e-mail addresses 3, telephone numbers 3\n  1 refused row is not in it\n" in printed
     assert "copied as it is" not in printed
     assert data.read(out, data.check_dialogue).rows == rows
     assert "personal data: none found" in doctor("--data", out)[1]
@@ -616,7 +616,7 @@ def test_copies_of_tables(name, write, doctor, tmp_path):
     rows = [{"question": f"Call 1381234567{i}", "answer": f"Yes 1381234567{i}", "note": f"jo{i}@example.com"} for i in range(5)]
     write(rows, tmp_path / name)
     status, out = doctor("--data", tmp_path / name, "--mask_pii", tmp_path / "one.jsonl")
-    assert status == 0 and "5 rows; 5 e-mail addresses, 10 telephone numbers masked\n" in out
+    assert status == 0 and "5 rows; masked: e-mail addresses 5, telephone numbers 10\n" in out
     copied = list(data.read(tmp_path / "one.jsonl", data.check_dialogue).rows)
     assert len(copied) == 5 and all(row["note"] == "[EMAIL_1]" for row in copied)
     assert {turn["content"] for row in copied for turn in row["messages"]} == {"Call [PHONE_1]", "Yes [PHONE_1]"}
@@ -628,7 +628,7 @@ def test_numbers_that_are_spread_over_tokens_are_told(doctor, write_jsonl, tmp_p
     rows = [*TAGS[:3], {"tokens": ["call", "650", "-", "253", "-", "0000"], "tags": ["O"] * 6},
             {"tokens": ["mail", "jo@example.com"], "tags": ["O", "B-mail"]}]
     found = doctor("--data", write_jsonl(rows), "--task", "tag", "--mask_pii", tmp_path / "copy.jsonl", "--dev_fraction", 0.1)[1]
-    assert "1 e-mail addresses masked\n" in found and "  1 rows still hold some, spread over several tokens: train 4\n" in found
+    assert "masked: e-mail addresses 1\n" in found and "  1 row still holds some, spread over several tokens: train 4\n" in found
     copy = data.read(tmp_path / "copy.jsonl", data.check_tag).rows
     assert copy[4] == {"tokens": ["mail", "[EMAIL_1]"], "tags": ["O", "B-mail"]} and copy[:4] == rows[:4]
 
@@ -708,6 +708,8 @@ def test_findings_hold_no_personal_data(doctor, write_jsonl, tmp_path):
     (["--data", "a", "b", "--mask_pii", "x"], "--mask_pii copies one source"),
     (["--data", str(ROOT / "data/customer_service/dev.jsonl"), "--mask_pii", "x.csv"], "name a .jsonl file"),
     (["--columns", "a"], "write NEW=OLD"),
+    (["--data", "x" * 300], f"error: {'x' * 80}... is too long for the name of a file"),
+    (["--json", "x" * 300 + ".json"], "can't be written (File name too long)"),
     (["--shw", "3"], "--help lists the flags"),
     (["--max_length", "4000"], "exceeds the 256 tokens"),
 ])

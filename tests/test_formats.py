@@ -465,6 +465,39 @@ def test_refs_in_parquet_stand_in_the_place_of_a_target(tmp_path):
     assert read(tmp_path / "dev.parquet", check_translate, columns="source=mr,target=ref").rows == [{"source": "a", "refs": ["x", "y"]}]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_columns_name_what_is_within_an_object(tmp_path, form):
+    """As WMT and OPUS write a pair."""
+    rows = [{"id": 7, "translation": {"en": "Hi", "zh": "嗨", "note": {"by": "Li", "of": "x"}}}]
+    path = put(tmp_path, encode(rows, form), NAMES[form])
+    columns = "source=translation.en,target=translation.zh"
+    assert read(path, check_translate, columns=columns).rows == [
+        {"id": 7, "translation": {"note": {"by": "Li", "of": "x"}}, "source": "Hi", "target": "嗨"}]
+    assert read(path, check_translate, columns=f"{columns},by=translation.note.by,of=translation.note.of").rows == [
+        {"id": 7, "source": "Hi", "target": "嗨", "by": "Li", "of": "x"}]
+    assert ("row 1: there is no column 'translation.fr' to rename (columns: translation.zh, translation.note)"
+            in complaint(path, check_translate, columns="source=translation.en,target=translation.fr"))
+    assert "no column 'translations.en' to rename" in complaint(path, check_translate, columns="source=translations.en")
+    assert "no column 'id.en' to rename" in complaint(path, check_translate, columns="source=id.en")
+
+
+def test_a_name_with_a_full_stop_is_the_column_of_that_name_first(tmp_path):
+    path = put(tmp_path, encode([{"a.x": "Hi", "a": {"x": "no", "y": "Yo"}}], "jsonl"))
+    assert read(path, check_translate, columns="source=a.x,target=a.y").rows == [{"source": "Hi", "a": {"x": "no"}, "target": "Yo"}]
+
+
+@pytest.mark.parametrize("check, row, said", [
+    (check_translate, {"translation": {"en": "Hi", "zh": "嗨"}},
+     'no column "source" (columns: translation); "translation" is an object of en, zh: name what is in it, as in --columns '
+     "source=translation.en,target=translation.zh (or the other way round)"),
+    (check_tag, {"id": 1, "row": {"tags": ["O"], "tokens": ["a"]}}, "name what is in it, as in --columns tokens=row.tokens,tags=row.tags"),
+    (check_translate, {"a": {"en": "Hi", "n": 1}}, "a row needs source and target, and plain text"),
+    (check_classify, {"text": "Hi", "a": {"en": "Hi", "zh": "Yo"}}, "rename one, as in --columns label=COLUMN"),
+])
+def test_what_is_missing_and_stands_in_an_object_is_told_with_its_flag(check, row, said):
+    assert said in check(row)
+
+
 @pytest.mark.parametrize("text", ["a", "a=", "=b", "a=b=c", "a=b,", "a=b,a=c", "a=b,c=b"])
 def test_a_wrong_renaming_is_told(text):
     with pytest.raises(UserError, match=f"--columns {text}: "):

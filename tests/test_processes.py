@@ -46,9 +46,9 @@ def one(tiny, data, tmp_path_factory):
 def two(one, tiny, data, tmp_path_factory):
     """(folder of the runs of two processes, 2 rows of each step in each; what was printed; exit status)."""
     folder = tmp_path_factory.mktemp("two")
-    shutil.copytree(one / "lora", folder / "scored")
-    job = {"model": str(tiny("llama")), "data": str(data), "folder": str(folder), "scored": str(folder / "scored"), "recipes": RECIPES,
-           "flags": [*FLAGS, "--per_device_train_batch_size", "2"]}
+    shutil.copytree(one / "lora", folder / "scored" / "lora")
+    job = {"model": str(tiny("llama")), "data": str(data), "folder": str(folder), "recipes": RECIPES,
+           "scored": [str(folder / "scored" / "lora"), str(one / "adapter")], "flags": [*FLAGS, "--per_device_train_batch_size", "2"]}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/two_processes.py",
          json.dumps(job)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
@@ -134,15 +134,19 @@ def test_only_the_first_process_prints_and_an_error_is_shown_once(two):
 
 
 def test_evaluation_is_divided_and_merged(one, two, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "--run", str(one / "lora"), "--dtype", "float32", "--max_new_tokens", "8"])
+    """Of two runs, each alone and both together."""
+    runs = ["--run", str(one / "lora"), "--run", str(one / "adapter")]
+    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", *runs, "--dtype", "float32", "--max_new_tokens", "8"])
     runpy.run_path(str(ROOT / "scripts/evaluate.py"))["main"]()
-    alone, together = one / "lora", two[0] / "scored"
-    lines = (together / "predictions-test.jsonl").read_text(encoding="utf-8")
-    assert lines == (alone / "predictions-test.jsonl").read_text(encoding="utf-8") and len(lines.splitlines()) == 5
-    losses = [json.loads((run / "losses-test.json").read_text(encoding="utf-8"))["lora"] for run in (alone, together)]
-    assert losses[0].keys() == losses[1].keys() == {"0", "1", "2"}
-    assert all(losses[0][row] == pytest.approx(losses[1][row], abs=1e-4) for row in losses[0])
-    tables = [json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"]["test"]["table"] for run in (alone, together)]
+    alone, together, label = one / "lora", two[0] / "scored" / "lora", "test+adapter"
+    lines = (together / f"predictions-{label}.jsonl").read_text(encoding="utf-8")
+    assert lines == (alone / f"predictions-{label}.jsonl").read_text(encoding="utf-8") and len(lines.splitlines()) == 5
+    losses = [json.loads((run / f"losses-{label}.json").read_text(encoding="utf-8")) for run in (alone, together)]
+    assert losses[0].keys() == losses[1].keys() == {"lora", "adapter", "ensemble"}
+    for own, other in zip(*map(dict.values, losses), strict=True):
+        assert own.keys() == other.keys() == {"0", "1", "2"}
+        assert all(own[row] == pytest.approx(other[row], abs=1e-4) for row in own)
+    tables = [json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"][label]["table"] for run in (alone, together)]
     for row, other in zip(*tables, strict=True):
         assert row["values"] == pytest.approx(other["values"], abs=1e-4) and row["count"] == other["count"]
 

@@ -16,7 +16,7 @@ from test_methods import run_recipe
 from test_scripts import check_page
 
 from recipes.common import comparison, doctor, models, plots, report, runs, statistics
-from recipes.common.wording import LANGUAGES, SENTENCES, ZH, name_in, sentence_in, wording
+from recipes.common.wording import LANGUAGES, SENTENCES, ZH, counted, name_in, sentence_in, wording
 
 PICTURES = True
 HOSTILE = '<script>alert("&amp;")</script>'
@@ -133,6 +133,9 @@ def test_the_report_of_a_run_has_every_section(language, record):
     text = Page(page).text
     for fact in (record["command"], record["data"]["splits"]["train"]["sha256"][:12], "peft", "ROUGE-L", "2 rows are copies"):
         assert fact in text
+    chat, classify = (report.render(record | {"task": task}, language) for task in ("chat", "classify"))
+    for flag, read_by in (("dev_fraction", (chat, classify)), ("eval_generate_rows", (chat,)), ("context_turns", (classify,))):
+        assert [f">{flag}<" in page for page in (chat, classify)] == [page in read_by for page in (chat, classify)]
     headings = re.findall(r"<h[23][^>]*>(.*?)</h", page)
     assert all(bool(HAN.search(heading)) == (language == "zh") for heading in headings) and len(headings) > 12
 
@@ -255,12 +258,21 @@ def test_what_a_record_says_is_told_in_chinese():
     assert [sentence for sentence in cases if told(sentence) != sentence] == []
     assert [sentence for sentence in cases if not HAN.search(zh(sentence))] == []
     assert not re.search("[a-z]{3,}", re.sub("full|lora|prefix|untuned|seed42|no such thing|--seeds", "", "".join(map(zh, cases))))
-    assert HAN.search(zh("lora: 3 questions exceed the 96 tokens that the run's --max_length and the model's window leave; their replies "
-                         "count as empty"))
+    for three in ("3 questions exceed", "1 question exceeds"):
+        assert HAN.search(zh(f"lora: {three} the 96 tokens that the run's --max_length and the model's window leave; the reply counts as "
+                         "empty"))
     assert zh("lora: 2 of 9 replies did not end within 8 tokens and were cut") == "lora：9 条回复中有 2 条写满 8 个词元仍未结束，被截断"
     assert zh("nobody knows this: or that") == "nobody knows this: or that"
     still = "warning: a, b and c still improved at the last evaluation: with more training the order may change"
     assert zh(still).startswith("警告：a、b、c ")
+
+
+def test_one_is_told_as_one():
+    assert [counted(n, "rows") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+    assert [counted(n, "row exceeds|rows exceed") for n in (1, 3)] == ["1 row exceeds", "3 rows exceed"]
+    zh = sentence_in("zh")
+    one, many = "1 dialogue exceeds --max_length 96: 1 oldest turn dropped", "1 dialogues exceed --max_length 96: 1 oldest turns dropped"
+    assert HAN.search(zh(one)) and zh(one) == zh(many)
 
 
 def test_every_part_of_a_sentence_is_in_its_chinese():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -268,7 +269,7 @@ def test_the_loss_is_the_one_of_training(run):
 def test_evaluate_dev_draws_the_same_held_out_share(run, shop):
     """The rows scored are exactly those that the training held out."""
     result = call("scripts/evaluate.py", "--run", run, "--split", "dev", "--max_new_tokens", "4")
-    assert result.code == 0 and "1 rows held out, seed 42" in result.out
+    assert result.code == 0 and "1 row held out, seed 42" in result.out
     record = read(run)
     [expected] = data.load(str(shop), data.check_dialogue, 0.1, 42)["dev"].rows
     predicted = [json.loads(line)["id"] for line in (run / "predictions-dev.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -458,6 +459,23 @@ def test_a_long_conversation_loses_its_oldest_turns(trained):
     refused(alone, "longer than the model's window")
     goes_on = call("scripts/chat.py", "--run", folder, "--max_new_tokens", "4", stdin="Where is my order? " * 60 + "\nhi\n/quit\n")
     assert goes_on.code == 0 and goes_on.err.count("longer than the model's window") == 1
+
+
+def test_only_a_reply_that_was_cut_loses_part_of_a_character(trained, monkeypatch, capsys):
+    folder, _ = trained("lora")
+    model, tokenizer = models.load_run(folder), models.load_run_tokenizer(folder)
+    start, part = tokenizer("Hi 你", add_special_tokens=False)["input_ids"], "\N{REPLACEMENT CHARACTER}"
+    half = next(start[:i] for i in range(len(start), 0, -1) if tokenizer.decode(start[:i]).endswith(part))
+    talk = runpy.run_path(str(ROOT / "scripts/chat.py"))["Conversation"](model, tokenizer, None, 8, 0.0)
+    for end, said in (([], "Hi"), ([tokenizer.eos_token_id], f"Hi {part}")):
+        def generate(input_ids, streamer, written=(*half, *end), **options):
+            for tokens in (input_ids, *(torch.tensor([token]) for token in written)):
+                streamer.put(tokens)
+            streamer.end()
+            return torch.cat([input_ids, torch.tensor([written])], 1)
+
+        monkeypatch.setattr(model, "generate", generate)
+        assert talk.reply("hello") == said == capsys.readouterr().out.strip()
 
 
 def test_sampling_is_repeatable(trained):

@@ -110,13 +110,13 @@ def test_a_word_without_tokens_does_not_shift_the_labels():
     row = {"tokens": ["Where", "\x00", "order"], "tags": ["O", "B-city", "B-order"]}
     [feature], counts = encode([row], tiny_tokenizer("bert"))
     assert feature["words"] == [0, 2] and [label for label in feature["labels"] if label != IGNORE] == [0, 3]
-    assert counts["supervised"] == 2 and any("1 words are nothing to the tokenizer" in sentence for sentence in counts["sentences"])
+    assert counts["supervised"] == 2 and any("1 word is nothing to the tokenizer" in sentence for sentence in counts["sentences"])
 
 
 def test_a_row_that_is_too_long_is_counted():
     [feature], counts = encode([ROWS[1]], tiny_tokenizer("bert"), max_length=5)
     assert feature["words"] == [0, 1, 2] and counts["shortened"] == 1
-    assert counts["sentences"] == ["1 rows exceed --max_length 5: their last 4 words are predicted as O"]
+    assert counts["sentences"] == ["1 row exceeds --max_length 5: at the end, 4 words are predicted as O"]
     assert encode(ROWS, tiny_tokenizer("gpt2"), last=True)[1]["sentences"] == []
 
 
@@ -139,7 +139,7 @@ def test_stray_tags_and_unknown_types_are_counted():
     rows = [{"tokens": ["in", "York", "x"], "tags": ["O", "I-city", "I-order"]}, {"tokens": ["x"], "tags": ["B-phone"]}]
     features, counts = encode(rows, tiny_tokenizer("bert"))
     assert "2 tags I-... continue no span" in counts["sentences"][0]
-    assert "1 words have types that the train rows lack (phone)" in counts["sentences"][1]
+    assert "1 word has a type that the train rows lack (phone)" in counts["sentences"][1]
     assert features[1]["labels"] == [IGNORE, 0, IGNORE]
 
 

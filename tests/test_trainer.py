@@ -69,7 +69,7 @@ def collate(rows):
 
 TASK = SimpleNamespace(peft_type="CAUSAL_LM", new_modules=lambda: None, window=256, max_length=64, train=[{"input_ids": [5, 6, 7]}],
                        loss=losses.next_token, outputs=lambda parts: (), metrics=lambda *labels: {}, per_token=True, collate=collate,
-                       old=None, callbacks=[])
+                       texts=("input_ids",), old=None, callbacks=[])
 SHARED = args.SharedArguments()
 
 

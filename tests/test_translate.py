@@ -70,8 +70,8 @@ def test_long_sources_lose_their_end_and_long_targets_are_left_out_and_both_are_
     features, counts = task.encode(rows, "pairs.jsonl")
     assert (counts["kept"], counts["shortened"], counts["left_out"]) == (2, 1, [3])
     assert len(features[1]["input_ids"]) == 16 and features[1]["input_ids"][-1] == task.tokenizer.eos_token_id
-    assert any("1 sources exceed --max_length 16" in sentence for sentence in counts["sentences"])
-    assert any("left out" in sentence and "1 pairs" in sentence for sentence in counts["sentences"])
+    assert any("1 source exceeds --max_length 16: the end is cut off" in sentence for sentence in counts["sentences"])
+    assert any("left out" in sentence and sentence.endswith(": 1 pair") for sentence in counts["sentences"])
     with pytest.raises(UserError, match="every target is longer"):
         task.encode(rows[2:], "pairs.jsonl")
 
@@ -95,7 +95,7 @@ def test_models_that_write_the_language_of_a_code_are_refused(model_type, tmp_pa
 def test_the_loss_over_the_first_of_several_references_is_said(kind, tiny):
     rows = [*ROWS, {"source": "Bye", "refs": ["再见", "拜拜"]}, {"source": "Bye", "refs": ["再见"]}]
     _, counts = batch_of(task_for(tiny(kind)), rows)
-    assert counts["sentences"] == ['1 pairs have several "refs" and no "target": the loss is over the first one']
+    assert counts["sentences"] == ['1 pair has several "refs" and no "target": the loss is over the first one']
     assert batch_of(task_for(tiny(kind)))[1]["sentences"] == []
 
 
@@ -120,6 +120,8 @@ def test_it_learns_its_pairs_by_heart_and_writes_them(kind, tiny, folder, tmp_pa
     out = tmp_path / "scores.json"
     result = call("scripts/evaluate.py", "--run", run, "--base", "--json", out, "--dtype", "float32", "--max_new_tokens", "40")
     assert result.code == 0, result.err
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["tokens"] == 150 * record["data"]["splits"]["train"]["tokens"]  # of an encoder-decoder too, with the targets
     lines = [json.loads(line) for line in (run / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["full"] for line in lines[:4]] == [row["target"] for row in ROWS]
     assert lines[4]["references"] == ["再见", "拜拜"]
@@ -196,8 +198,8 @@ def test_sources_that_are_read_without_their_end_are_said_whatever_their_target(
     long = {"source": "word " * 60, "target": "word " * 60}
     rows.write_text("".join(json.dumps(row) + "\n" for row in (*ROWS[1:2], long)), encoding="utf-8")
     result = call("scripts/evaluate.py", "--run", run, "--data", rows, "--dtype", "float32", "--max_new_tokens", "4")
-    assert "note: lora reads 1 sources without their end, as they exceed --max_length 24" in result.out, result.err
-    assert "left out, as their target exceeds --max_length 24: 1 pairs" in result.out
+    assert "note: lora reads 1 source without the end, which exceeds --max_length 24" in result.out, result.err
+    assert "left out, as their target exceeds --max_length 24: 1 pair\n" in result.out
 
 
 def test_beams_of_another_task_are_refused(tmp_path):

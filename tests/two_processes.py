@@ -44,7 +44,8 @@ class Leaps(RecipeTrainer):
 def main(job: dict):
     model, data, folder = job["model"], job["data"], Path(job["folder"])
     errors.install()
-    sys.argv = ["scripts/evaluate.py", "--run", job["scored"], "--dtype", "float32", "--max_new_tokens", "8"]
+    runs = [word for run in job["scored"] for word in ("--run", run)]
+    sys.argv = ["scripts/evaluate.py", *runs, "--dtype", "float32", "--max_new_tokens", "8"]
     runpy.run_path(sys.argv[0])["main"]()
     for recipe in job["recipes"]:
         run_recipe(recipe, model, data, folder / recipe, *job["flags"])

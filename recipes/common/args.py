@@ -52,7 +52,7 @@ class SharedArguments:
     model: str = option("smollm2", "Hub id (gpt2, Qwen/Qwen3-0.6B), a folder, or a bundled name: smollm2, minilm, gemma3")
     data: list[str] = option(("data/customer_service",), "files, folders with train/dev/test files, or Hub ids, in any format of "
                              "data/README.md; NAME:WEIGHT each: their shares of the train rows, as in a.jsonl:0.7 b.csv:0.3")
-    columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer")
+    columns: str = option(None, "rename columns, NEW=OLD: source=question,target=answer; within an object, source=translation.en")
     split: str = option(None, "names of the splits, where they are not train, dev and test: train=train_sft,dev=test_sft")
     task: typing.Literal["chat", "classify", "tag", "translate", "pretrain"] = option(
         "chat", "what the rows are: data/README.md holds each task's columns")
@@ -145,6 +145,8 @@ class Method:
     """Base of every recipe's `MethodArguments`."""
 
     learns_from_scratch = False  # whether every weight is trained, so that --from_scratch makes sense
+    # What PEFT calls the adapter that is made (peft.PeftType), "" if there is none: of None it is known once a model was adapted.
+    peft_method: typing.ClassVar[str | None] = None
     load_in_4bit = False  # a method that freezes the matrices may have a flag of this name
 
     def check(self, shared: SharedArguments, training) -> None:
@@ -379,11 +381,16 @@ def _flags(argv: list[str]) -> set[str]:
 def check_task(shared: SharedArguments, argv: list[str]) -> None:
     """Raise `UserError` if the command line has a flag of another task."""
     flags = _flags(argv)
-    for f in fields(SharedArguments):
-        theirs = f.metadata.get("task", shared.task)
-        theirs = (theirs,) if isinstance(theirs, str) else theirs
-        if shared.task not in theirs and f"--{f.name}" in flags:
-            raise UserError(f"--{f.name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
+    for name, theirs in of_other_tasks(shared.task).items():
+        if f"--{name}" in flags:
+            raise UserError(f"--{name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
+
+
+def of_other_tasks(task: str) -> dict[str, tuple[str, ...]]:
+    """The flags of `SharedArguments` that the task `task` does not read, and the tasks that do."""
+    declared = ((f.name, f.metadata.get("task", task)) for f in fields(SharedArguments))
+    every = {name: (theirs,) if isinstance(theirs, str) else theirs for name, theirs in declared}
+    return {name: theirs for name, theirs in every.items() if task not in theirs}
 
 
 def dev_scores(shared: SharedArguments) -> list[str]:
@@ -456,6 +463,9 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if not 0 <= training.label_smoothing_factor < 1:
         raise UserError(f"--label_smoothing_factor {training.label_smoothing_factor:g} is no share of the loss: use a number of at least 0 "
                         "and below 1, such as 0.1")
+    if shared.layer_lr_decay > 1:
+        raise UserError(f"--layer_lr_decay {shared.layer_lr_decay:g} would let the lower blocks learn faster than those above them: use a "
+                        "number of up to 1, such as 0.9")
     if shared.adversarial != "none" and not shared.adversarial_epsilon:
         raise UserError(f"--adversarial_epsilon 0 disturbs nothing, and --adversarial {shared.adversarial} takes its time all the same: "
                         "leave both out, or give a number above 0, such as 0.05")

@@ -87,16 +87,22 @@ def packs(network) -> bool:
     return network.config._attn_implementation in PACKED_BY and "position_ids" in inspect.signature(network.forward).parameters
 
 
-def lengths(features) -> list[int]:
-    """Tokens of each row of a dataset of features, none of which is read."""
-    return pc.list_value_length(features.with_format("arrow")[:]["input_ids"]).to_pylist()
+def lengths(features, texts: tuple[str, ...]) -> list[int]:
+    """Tokens of each row of a dataset of features, none of which is read, in the columns `texts` (tasks.Task) together."""
+    table = features.with_format("arrow")[:]
+    return sum(pc.list_value_length(table[name]).to_numpy() for name in texts).tolist()
 
 
-def collate(rows: list[dict], one: Callable, group: Callable | None) -> list[dict[str, torch.Tensor]]:
+def collate(rows: list[dict], one: Callable, group: Callable | None, texts: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
     """The batches that `rows` are run in, each made by the task's collator `one`, in the groups of `group(lengths)`; None: all together."""
     if group is None:
         return [one(rows)]
-    return [one([rows[i] for i in indices]) for indices in group([len(row["input_ids"]) for row in rows])]
+    return [one([rows[i] for i in indices]) for indices in group([sum(len(row[name]) for name in texts) for row in rows])]
+
+
+def real(batch: dict[str, torch.Tensor], texts: tuple[str, ...]) -> torch.Tensor:
+    """Which positions of a batch's columns `texts`, one column after the other, are tokens and no padding: (positions,), of type bool."""
+    return torch.cat([(batch["attention_mask"] == 1 if name == "input_ids" else batch[name] != IGNORE).flatten() for name in texts])
 
 
 def grouping(model, bf16: bool, limit: int, packed: bool = False) -> Callable[[list[int]], list[list[int]]]:

@@ -202,5 +202,7 @@ def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
     found = json.loads(path.read_text(encoding="utf-8"))
     points = [{"settings": trial["settings"], "value": float(trial["value"]) if trial["state"] == "COMPLETE" else None,
                "chosen": trial["settings"] == found["best"], "run": None} for trial in found["trials"]]
-    print(f"best dev {metric} {next(point['value'] for point in points if point['chosen']):.4f}")
+    refused = [trial["why"] for trial in found["trials"] if "why" in trial]
+    print(f"best dev {metric} {next(point['value'] for point in points if point['chosen']):.4f}"
+          + (f"; {len(refused)} not trained ({refused[0]})" if refused else ""))
     return {"system": name, "by": "search", "metric": metric, "points": points}

@@ -35,6 +35,7 @@ from recipes.common.shapes import (  # noqa: F401
     labelled_turns,
     short,
 )
+from recipes.common.wording import counted
 
 # First match wins. "validation" and "val" are what other tools write.
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val"), "test": ("test",)}
@@ -75,12 +76,14 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
                 yield record._replace(shard=Path(shard.name).name)
         return
     renames, used = parse_columns(columns), set()
-    chat = _takes_dialogues(check)
-    if file.columns is not None and (absent := _absent(renames, file.columns)):
+    nested, chat = [old for old in renames if "." in old], _takes_dialogues(check)
+    outermost = [*(file.columns or ()), *(old for old in nested if old.partition(".")[0] in (file.columns or ()))]
+    if file.columns is not None and (absent := _absent(renames, outermost)):
         raise UserError(f"{file.name}: there is no column {short(absent[0])} to rename ({shapes.columns_of(file.columns)}); see --columns")
     for record in formats.records(file):
         row, wrong = record.row, record.wrong
         if wrong is None:
+            row = _lifted(row, nested)
             used |= renames.keys() - {*_absent(renames, row)}
             row, wrong = _rename(row, renames)
         if wrong is None and file.format == "csv":
@@ -121,8 +124,8 @@ def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", col
     if not rows:
         raise UserError(f"{file.name} holds no usable row, as all {len(skipped)} are bad ones; the first, {skipped[0]}" if skipped else
                         f"{file.name} holds no row: data/README.md says what a file may hold")
-    notes = [*file.notes, *([f"{file.name}: {context} assistant turns are context and not trained on (tool calls, history, "
-                             '"train": false)'] if context else [])]
+    notes = [*file.notes, *([f"{file.name}: {counted(context, 'assistant turn is|assistant turns are')} context and not trained on (tool "
+                             'calls, history, "train": false)'] if context else [])]
     kept = Counter(places[::3])
     counts = [{"name": part.name, "read": kept[i] + refused[shard], "kept": kept[i], "refused": refused[shard]}
               for i, (part, shard) in enumerate(zip(file.shards or [file], shards, strict=True))]
@@ -373,7 +376,7 @@ def _is_hub(data: str) -> bool:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """`--columns new=old,...` as {old: new}. Raises `UserError`."""
+    """`--columns new=old,...` as {old: new}; an old one within an object is `column.key`. Raises `UserError`."""
     pairs = [pair.split("=") for pair in (text or "").split(",") if text]
     if any(len(pair) != 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
         raise UserError(f"--columns {text}: write NEW=OLD, with a comma between two, as in source=question,target=answer")
@@ -393,11 +396,21 @@ def _absent(renames: dict[str, str], columns: Iterable[str]) -> list[str]:
     return [old for old, new in renames.items() if old not in columns and not (new == "target" and "refs" in columns)]
 
 
+def _lifted(row: dict, paths: list[str]) -> dict:
+    """`row` with what stands in its objects at `paths` (translation.en) as columns of these names. An object that is empty then goes."""
+    for path in paths:
+        name, _, key = path.partition(".")
+        if path not in row and isinstance(row.get(name), dict) and key in (within := _lifted(row[name], [key] * ("." in key))):
+            rest = {name: {other: value for other, value in within.items() if other != key}}
+            row = {column: value for column, value in row.items() if column != name} | (rest if rest[name] else {}) | {path: within[key]}
+    return row
+
+
 def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:
     absent = _absent(renames, row)
     for old, new in renames.items():
         if old in absent and new not in shapes.OPTIONAL:
-            return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row)}); see --columns"
+            return row, f"there is no column {short(old)} to rename ({shapes.columns_of(row, within=old)}); see --columns"
         if old in row and new in row and new not in renames:
             return row, f"--columns {new}={old} would overwrite the column {short(new)}; rename that one too, as in other={new}"
     return {renames.get(name, name): value for name, value in row.items()}, None
@@ -432,8 +445,8 @@ def _hold_out(parts: list[dict[str, Rows]], dev_fraction: float, seed: int) -> N
         taken = chosen[start: start + len(train.rows)]
         start += len(taken)
         if taken.any():
-            part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), f"{train.source} ({taken.sum()} rows held out, seed {seed})",
-                               train.sha256)
+            name = f"{train.source} ({counted(int(taken.sum()), 'rows')} held out, seed {seed})"
+            part["dev"] = Rows(train.rows.take(np.flatnonzero(taken)), name, train.sha256)
         train.rows = train.rows.take(np.flatnonzero(~taken))
 
 
@@ -467,7 +480,8 @@ def _mix(train: Rows, parts: list[Rows], weights: list[float], seed: int) -> Non
         own = range(start, start + size)
         indices += [*own] * rounds + generator.sample(own, rest)
         start += size
-        effect = f"{size - count} rows are left out" if count < size else f"{count - size} are repeats" if count > size else "each row once"
+        repeats = counted(count - size, "is a repeat|are repeats")
+        effect = f"{counted(size - count, 'row is|rows are')} left out" if count < size else repeats if count > size else "each row once"
         train.notes.append(f"{part.source} with weight {weight:g} gives {count} of the {total} train rows, {count / total:.1%}; "
                            f"it has {size}, so {effect}")
     generator.shuffle(indices)

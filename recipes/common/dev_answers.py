@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from recipes.common import generation, losses, metrics
 from recipes.common.chat import IGNORE
+from recipes.common.wording import counted
 
 SCORES = ("bleu", "rougeL", "chrf")
 BATCH = 16  # answers written at a time
@@ -67,7 +68,7 @@ def score(model, tokenizer, asked: list[tuple[list[int], str]], max_new_tokens: 
     answers = gather_object(answers)
     if rank == 0 and len(answers) < len(asked):
         long = len(asked) - len(fitting)
-        why = [f"{long} prompts leave no room for {max_new_tokens} more tokens"] * bool(long)
+        why = [f"{counted(long, 'prompt leaves|prompts leave')} no room for {max_new_tokens} more tokens"] * bool(long)
         why += [f"the others would have taken more than --eval_generate_seconds {seconds:g}"] * (len(answers) < len(fitting))
         print(f"note: {len(answers)} of {len(asked)} dev answers written and scored: {'; '.join(why)}")
     if not answers:

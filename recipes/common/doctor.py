@@ -19,6 +19,7 @@ from recipes.common.chat import IGNORE
 from recipes.common.duplicates import Texts, digest, leaks, near_duplicates, row_text
 from recipes.common.metrics import detect_language, stray_tags
 from recipes.common.pii import KINDS, ORDER_PATTERNS, find
+from recipes.common.wording import counted
 
 SEVERITIES = ("error", "warning", "info")
 RARE = 5    # a label in fewer rows of train is learned from next to nothing
@@ -65,7 +66,7 @@ _SCRIPTS = [re.compile(pattern) for pattern in (
     r"[^\W\d_A-Za-z\u00c0-\u024f\uff21-\uff3a\uff41-\uff5a\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # but for line end and tab
 _LABELS = ("label", "tags", "intent", "sentiment", "action")  # columns of a row, or keys of its turns
-_LEAKS = {"exact": "stand word for word in an earlier one", "near": "nearly stand in an earlier one", "id": "have an id of an earlier one"}
+_LEAKS = {"exact": "exact", "near": "near", "id": "of the same id"}
 PERSONAL = {"EMAIL": "e-mail addresses", "ID_CARD": "identity card numbers", "IBAN": "bank account numbers",
             "BANK_CARD": "bank card numbers", "ORDER": "order numbers", "PHONE": "telephone numbers"}
 
@@ -154,8 +155,8 @@ def brief(train: Sequence[dict], dev: Sequence[dict], labels: dict[str, int] | N
           repeated: bool = False) -> tuple[dict, list[str]]:
     """What is worth a line before every training: counts for run.json, and sentences on what is not as it should be.
 
-    `labels`: how often each occurs in train. `repeated`: train repeats rows on purpose. Linear, and a few hundredths of what tokenizing
-    takes: it compares digests, and searches `LOOKED_AT` rows of a split for personal data.
+    `labels`: how often each that is predicted for a row occurs in train. `repeated`: train repeats rows on purpose. Linear, and a few
+    hundredths of what tokenizing takes: it compares digests, and searches `LOOKED_AT` rows of a split for personal data.
     """
     known, copies, sentences = set(), 0, []
     for row in train:
@@ -175,7 +176,7 @@ def brief(train: Sequence[dict], dev: Sequence[dict], labels: dict[str, int] | N
         if kinds:
             sentences.append(f"personal data ({len(looked_at)} {name} rows looked at): "
                              + ", ".join(f"{PERSONAL[kind]} in {kinds[kind]}" for kind in KINDS if kinds[kind]))
-    if labels and "O" not in labels:  # of tags, most are O
+    if labels:
         label, most = max(labels.items(), key=lambda item: item[1])
         share, rare = most / max(1, sum(labels.values())), [label for label, n in labels.items() if n < RARE]
         counts["labels"] = {"most_frequent": label, "share": share, "rare": len(rare)}
@@ -263,10 +264,10 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False, col
     lines = []
     for name, split in summary["splits"].items():
         tokens, duplicates = split["tokens"], split["duplicates"]
-        several = "" if split["items"] == split["rows"] else f" in {split['rows']:,} rows"
+        several = "" if split["items"] == split["rows"] else f" in {counted(split['rows'], 'rows')}"
         lines += [
-            f"{name}: {split['items']:,} {split['unit']}{several}, {tokens['total']:,} tokens, {tokens['supervised']:,} {split['trained']} "
-            "trained on",
+            f"{name}: {counted(split['items'], split['unit'])}{several}, {counted(tokens['total'], 'tokens')}, "
+            f"{counted(tokens['supervised'], split['trained'])} trained on",
             f"  tokens of each: {tokens['shortest']:,} to {tokens['longest']:,}, median {tokens['median']:,g}, mean {tokens['mean']:,.1f}",
             *bars(tokens["histogram"], columns),
             f"  --max_length {summary['max_length']}: "
@@ -277,8 +278,8 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False, col
         ]
         for column, labels in split["labels"].items():
             shown = _listed([f"{label} {n:,}" for label, n in labels["counts"].items()], 6)
-            lines.append(f"  {visible(column)}: {len(labels['counts']):,} labels, entropy {labels['entropy']:.2f} of {labels['most']:.2f} "
-                         f"bits: {visible(shown)}")
+            lines.append(f"  {visible(column)}: {counted(len(labels['counts']), 'labels')}, entropy {labels['entropy']:.2f} of "
+                         f"{labels['most']:.2f} bits: {visible(shown)}")
         personal = ", ".join(f"{PERSONAL[kind]} {found['places']:,} (rows: {len(found['rows']):,})"
                              for kind, found in split["personal_data"].items())
         lines += [
@@ -288,7 +289,7 @@ def report(summary: dict, findings: Sequence[Finding], colour: bool = False, col
         ]
     kinds = Counter(leak["kind"] for leak in summary["leaks"]["found"]) if "leaks" in summary else {}
     if len(summary["splits"]) > 1:
-        lines += ["between splits: " + (", ".join(f"{n:,} rows {_LEAKS[kind]}" for kind, n in kinds.items()) or "no leaks"), ""]
+        lines += ["leaks between splits: " + (", ".join(f"{n:,} {_LEAKS[kind]}" for kind, n in kinds.items()) or "none found"), ""]
     return "\n".join([*lines, *verdict(findings, colour)])
 
 
@@ -434,7 +435,7 @@ def _check_tags(name: str, split: Split) -> tuple[int, list[Finding]]:
     if not pairs:
         return 0, []
     return len(pairs), [Finding("warning", "stray-tag", (
-        f"{len(pairs)} tags I-... in {name} continue no span of their type, so each begins one of its own: "
+        f"{counted(len(pairs), 'tag I-... continues|tags I-... continue')} no span of the type in {name}, so each begins one of its own: "
         f"{_listed([f'{tag} after {before}' for before, tag in dict.fromkeys(pairs)], 5)}"),
         [number for number, found in rows.items() if found], len(pairs), name)]
 
@@ -466,7 +467,7 @@ def _check_languages(name: str, split: Split) -> tuple[dict, list[Finding]]:
     figures = dict(sorted(figures.items()))
     if wrong:
         findings.append(Finding("warning", "language", (
-            f'{len(wrong)} rows in {name} have a "language" that their text is not in'), wrong, len(wrong), name))
+            f'{counted(len(wrong), "rows")} in {name} with a "language" that the text is not in'), wrong, len(wrong), name))
     return figures, findings
 
 

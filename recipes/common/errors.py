@@ -5,6 +5,7 @@ import errno
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from recipes.common import processes
@@ -38,6 +39,19 @@ def install() -> None:
     processes.quiet()
     processes.part_at_exit()
     sys.excepthook = _tell
+
+
+def status_of(script: Callable[[], int]) -> int:
+    """What `script` returns; 2 where a mistake of the user's ends it, which is told in a sentence: for a script whose exit status of 1
+    says what it found."""
+    install()
+    try:
+        return script()
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        _tell(type(error), error, error.__traceback__)
+        return 2
 
 
 def _tell(kind, value, trace) -> None:

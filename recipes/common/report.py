@@ -9,7 +9,7 @@ import re
 
 import jinja2
 
-from recipes.common import plots
+from recipes.common import args, plots
 from recipes.common.wording import name_in, sentence_in, wording
 
 TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("recipes.common", "."), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -26,7 +26,8 @@ def render(record: dict, language: str = "en") -> str:
     evaluations = {split: result | {"pictures": _score_pictures(result), "matrix": _matrix(result, t),
                                     "answers": [_answers(sample) for sample in result["samples"]]}
                    for split, result in record.get("evaluation", {}).items()}
-    return _page("report.html.jinja", language, run=record, evaluations=evaluations,
+    flags = {"shared_arguments": _read_by(record["task"], record["shared_arguments"])}
+    return _page("report.html.jinja", language, run=record | flags, evaluations=evaluations,
                  curves=curves(record["history"], language, "flops" in record),
                  ranks=ranks(record.get("method_report", {}).get("rank_pattern", {})),
                  title=t("{recipe} on {model}", recipe=record["recipe"], model=plots.model_name(record["model"])))
@@ -38,7 +39,8 @@ def render_comparison(record: dict, language: str = "en") -> str:
     scored = [system for system in record["systems"] if system["scores"]]
     pictures = {metric: plots.intervals([(s["name"], *(s["scores"][metric][key] for key in ("mean", "low", "high"))) for s in scored
                                          if metric in s["scores"]], kind["title"]) for metric, kind in record["metrics"].items()}
-    return _page("comparison.html.jinja", language, run={"doctor": None, "configuration": {}} | record, scored=scored, pictures=pictures,
+    flags = {"configuration": _read_by(record["task"], record.get("configuration", {}))}
+    return _page("comparison.html.jinja", language, run={"doctor": None} | record | flags, scored=scored, pictures=pictures,
                  costs=_cost_pictures(record, scored, language), training=_training_pictures(record, language),
                  curves=[curve | {"picture": _learning_curve(curve, record, language)} for curve in record["learning_curves"]],
                  answers=[_answers([*map(tuple, sample["context"][-1:]), ("reference", _text(sample["reference"])),
@@ -46,6 +48,10 @@ def render_comparison(record: dict, language: str = "en") -> str:
                           | {"earlier": sample["context"][:-1]} for sample in record["samples"]],
                  title=t("Comparison of {systems} on {model}", systems=", ".join(s["name"] for s in record["systems"] if not s["base"]),
                          model=plots.model_name(record["model"])))
+
+
+def _read_by(task: str, flags: dict) -> dict:
+    return {name: value for name, value in flags.items() if name not in args.of_other_tasks(task)}
 
 
 def _page(template: str, language: str, **values) -> str:

@@ -20,6 +20,7 @@ from transformers import enable_full_determinism, set_seed
 from recipes.common import checkpoints, model_card, report, run_folder
 from recipes.common.errors import UserError
 from recipes.common.redaction import redacted
+from recipes.common.wording import counted
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "rouge-score", "sacrebleu")
 REPORTS = ("MODEL_CARD.md", "report.html")
@@ -194,7 +195,7 @@ def finish(trainer, task, shared, method) -> None:
         (folder / checkpoints.LIVES).unlink(missing_ok=True)
     trained, total = record["trainable_parameters"], record["total_parameters"]
     lives = f" (in {trainer.watch.lives} lives)" if trainer.watch.lives > 1 else ""
-    print(f"\n{record['steps']} steps in {seconds:.0f} s{lives}, {record['tokens_per_second']:.0f} tokens/s, "
+    print(f"\n{counted(record['steps'], 'steps')} in {seconds:.0f} s{lives}, {record['tokens_per_second']:.0f} tokens/s, "
           f"{100 * record['padding_share']:.1f} % padding, peak memory {record['peak_memory_mb'] / 1000:.1f} GB, {trained:,} of {total:,} "
           f"parameters trained ({100 * trained / total:.2f} %)")
     print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["metrics"].items()))

@@ -64,7 +64,8 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
     """Train `trials` times on the train rows, each time with other flags, and compare the dev score `metric`.
 
     Returns {"best": flag -> value, "metric", "trials": [{"settings", "value", "state"}]}. A trial that diverges counts as infinitely bad;
-    one that does worse than the others after an epoch may end early (state PRUNED). Raises `UserError` if none ends well.
+    one that does worse than the others after an epoch may end early (state PRUNED), and one whose settings the recipe refuses is not
+    trained (PRUNED, with "why"). Raises `UserError` if none ends well.
     """
     shared, method, training = args.parse(recipe.__doc__, recipe.MethodArguments, [*flags, "--report_to", "none"])
     import optuna
@@ -86,12 +87,19 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
         rate, knobs, seen = method.learning_rate, {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata}, []
 
         def rates(trial):
-            seen.append(trial)
             return {"learning_rate": trial.suggest_float("learning_rate", rate / FACTOR, rate * FACTOR, log=True)}
 
         def model_for(trial):
+            seen.append(trial)
             chosen = {name: trial.suggest_categorical(name, values) for name, values in knobs.items()}
-            model, callbacks = recipe.adapt(task.load_model(method.load_in_4bit), task, replace(method, **chosen), training)
+            tried = replace(method, **chosen)
+            try:
+                tried.check(shared, training)
+                model, callbacks = recipe.adapt(task.load_model(method.load_in_4bit), task, tried, training)
+            except UserError as error:
+                print(f"trial {trial.number + 1} is not trained: {error}")
+                trial.set_user_attr("why", str(error))
+                raise optuna.TrialPruned(str(error)) from error
             prepare(model, training, shared)
             for callback in own:
                 trainer.remove_callback(callback)
@@ -118,14 +126,21 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
                                if entry["step"] == trainer.state.best_global_step and "eval_loss" in entry), scores)
             return judged(scores, metric, worst)
 
-        best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, backend="optuna",
-                                             direction="minimize" if worst > 0 else "maximize",
-                                             compute_objective=value_of,
-                                             sampler=optuna.samplers.TPESampler(seed=training.seed))
+        try:
+            best = trainer.hyperparameter_search(hp_space=rates, n_trials=trials, backend="optuna",
+                                                 direction="minimize" if worst > 0 else "maximize",
+                                                 compute_objective=value_of,
+                                                 sampler=optuna.samplers.TPESampler(seed=training.seed))
+        except ValueError as error:  # Optuna's, of a search without a trial that ended
+            if refused := [trial.user_attrs["why"] for trial in seen[0].study.trials if "why" in trial.user_attrs]:
+                raise UserError(f"{len(refused)} of {trials} trials could not be trained and the others did not end; the first: "
+                                f"{refused[0]}") from error
+            raise
         if best.objective == worst:
             raise UserError("every trial diverged: lower --learning_rate, around which the search looks")
         return {"best": best.hyperparameters, "metric": metric, "trials": [
-            {"settings": trial.params, "value": trial.value, "state": trial.state.name} for trial in seen[0].study.trials]}
+            {"settings": trial.params, "value": trial.value, "state": trial.state.name, **trial.user_attrs}
+            for trial in seen[0].study.trials]}
 
 
 def judged(scores: dict[str, float], metric: str, worst: float) -> float:

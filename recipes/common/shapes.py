@@ -338,8 +338,11 @@ def half_a_character(text: str) -> bool:
     return False
 
 
-def columns_of(row) -> str:
-    """The names of a row's columns, for a sentence."""
+def columns_of(row, within: str = "") -> str:
+    """The names of a row's columns, for a sentence; with their column, the keys of the object that `within` (column.key) looks into."""
+    column, dot, key = within.partition(".")
+    if dot and isinstance(row, dict) and isinstance(row.get(column), dict):
+        return columns_of({f"{column}.{name}": None for name in row[column]})
     names = [name if name.isprintable() and len(name) <= 40 else short(name) for name in list(row)[:12]]
     return f"columns: {', '.join(names) or 'none'}" + (f" and {len(row) - 12} more" if len(row) > 12 else "")
 
@@ -354,11 +357,27 @@ def short(value) -> str:
 
 
 def _missing(row: dict, *names: str) -> str | None:
-    name = next((name for name in names if name not in row), None)
-    if name and len(row) < len(names):  # renaming can't make two of one
-        return (f'no column "{name}" ({columns_of(row)}); a row needs {" and ".join(names)}, and plain text gives each row the column text '
-                "alone: save such rows as JSON Lines, CSV, TSV or Parquet")
-    return name and f'no column "{name}" ({columns_of(row)}); rename one, as in --columns {name}=COLUMN'
+    missing = [name for name in names if name not in row]
+    if not missing:
+        return None
+    wrong = f'no column "{missing[0]}" ({columns_of(row)}); '
+    for column, value in row.items():
+        if isinstance(value, dict) and (keys := _keys_for(missing, value)):
+            paths = ",".join(f"{name}={column}.{key}" for name, key in zip(missing, keys, strict=True))
+            return (f'{wrong}"{column}" is an object of {", ".join(list(value)[:12])}: name what is in it, as in --columns {paths}'
+                    + (" (or the other way round)" if keys != missing else ""))
+    if len(row) < len(names):  # renaming can't make two of one
+        return (f'{wrong}a row needs {" and ".join(names)}, and plain text gives each row the column text alone: save such rows as JSON '
+                "Lines, CSV, TSV or Parquet")
+    return f"{wrong}rename one, as in --columns {missing[0]}=COLUMN"
+
+
+def _keys_for(names: list[str], within: dict) -> list[str]:
+    """The keys of an object that could be the missing columns `names`: those of the same name; of a pair of texts in two languages, as
+    WMT and OPUS write it, the first two in their order."""
+    if all(name in within for name in names):
+        return names
+    return list(within)[:2] if names == ["source", "target"] and len(within) > 1 and all(type(v) is str for v in within.values()) else []
 
 
 def _no_text(row: dict, name: str) -> str | None:

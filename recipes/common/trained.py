@@ -43,19 +43,27 @@ def load(folder: Path, model: PeftModel) -> None:
         tensor.copy_(state[name])
 
 
-def go_on_from(run: Path, model, method=None) -> None:
-    """Set `model` to what the run learned: a whole model was loaded as such; an adapter's method and settings must be the same.
-
-    `method` (args.Method) gives a setting the name of its flag. Raises `UserError`.
-    """
+def check_goes_on(run: Path, peft_method: str | None) -> None:
+    """Raise `UserError` if `run` holds an adapter that a method which makes `peft_method` (args.Method) can't train further."""
     if (run / "config.json").is_file():
         return
     if gone := [name for name in ("adapter_config.json", FILE) if not (run / name).is_file()]:
         raise UserError(f"--start_from {run} lacks {gone[0]}, without which a training can't go on: train it again under a new name")
     record, kind = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("run.json", "adapter_config.json"))
-    own = model.active_peft_config if isinstance(model, PeftModel) else None
-    if own is None or own.peft_type != kind["peft_type"]:
+    if peft_method is not None and peft_method != kind["peft_type"]:
         raise UserError(f"--start_from {run} was made by the recipe {record['recipe']}: go on with that one")
+
+
+def go_on_from(run: Path, model, method=None) -> None:
+    """Set `model` to what the run learned: a whole model was loaded as such; an adapter's method and settings must be the same.
+
+    `method` (args.Method) gives a setting the name of its flag. Raises `UserError`.
+    """
+    own = model.active_peft_config if isinstance(model, PeftModel) else None
+    check_goes_on(run, own.peft_type if own else "")
+    if (run / "config.json").is_file():
+        return
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     theirs, now, before, wrong = PeftConfig.from_pretrained(run), asdict(method) if method else {}, record.get("method_arguments", {}), []
     for name in sorted(own.__dict__.keys() - MAY_DIFFER):
         mine, other = ((set(value) if isinstance(value, list) else value) for value in (getattr(own, name), getattr(theirs, name, None)))

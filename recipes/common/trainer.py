@@ -50,6 +50,7 @@ from recipes.common import (
 from recipes.common.errors import UserError
 from recipes.common.redaction import redacted
 from recipes.common.scoring import mean_loss
+from recipes.common.wording import counted
 
 GO_ON = "go on with --resume_from_checkpoint"
 # Flag -> what an optimizer calls it.
@@ -159,8 +160,8 @@ class RecipeTrainer(Trainer):
         a_step = self.args.train_batch_size * self.args.world_size
         missing = -len(self.train_dataset) % a_step
         if self.args.world_size > 1 and missing and not (self.args.dataloader_drop_last or self.shared.tokens_per_step):
-            self.watch.tell(f"each epoch ends with {missing} rows that it began with, as {len(self.train_dataset)} rows don't fill batches "
-                            f"of {a_step}; --tokens_per_step repeats none")
+            self.watch.tell(f"each epoch ends with {counted(missing, 'rows')} that it began with, as {len(self.train_dataset)} rows don't "
+                            f"fill batches of {a_step}; --tokens_per_step repeats none")
 
     def measure_before(self) -> None:
         """Score the old rows with the weights that training starts from, or find these scores in the log of the run that is resumed."""
@@ -218,13 +219,13 @@ class RecipeTrainer(Trainer):
         # Where each pass gathers weights from all processes, all must make equally many.
         if limit is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             group = batches.grouping(losses.network(self.model), self.args.bf16, limit, self.packed)
-        return partial(batches.collate, one=self.task.collate, group=group)
+        return partial(batches.collate, one=self.task.collate, group=group, texts=self.task.texts)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.shared.tokens_per_step:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return batches.StepsByTokens(batches.lengths(self.train_dataset), self.shared.tokens_per_step, seed,
+        return batches.StepsByTokens(batches.lengths(self.train_dataset, self.task.texts), self.shared.tokens_per_step, seed,
                                      self.args.train_sampling_strategy == "random", self.args.world_size, self.args.process_index)
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -232,8 +233,8 @@ class RecipeTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs):
         # At once: processes add up their counts, and may differ in the number of micro-batches.
-        whole = {name: torch.cat([micro_batch[name].flatten() for micro_batch in inputs]) for name in ("input_ids", "attention_mask")}
-        super()._track_num_input_tokens(whole)
+        real = torch.cat([batches.real(micro_batch, self.task.texts) for micro_batch in inputs])
+        super()._track_num_input_tokens({"input_ids": real, "attention_mask": real})  # it counts the one or the other
 
     def floating_point_ops(self, inputs):
         """Those of all micro-batches, as the Trainer counts them."""
@@ -243,9 +244,9 @@ class RecipeTrainer(Trainer):
         """Forward and backward of each micro-batch of the list `inputs`, in pieces where memory runs out. Returns the loss, their sum."""
         total, run = 0, partial(self._forward_and_backward, model, num_items_in_batch=num_items_in_batch)
         for i, micro_batch in enumerate(inputs):
-            mask = micro_batch["attention_mask"]
-            tokens = int(mask.sum())
-            positions = tokens if self.packed else mask.numel()
+            real = batches.real(micro_batch, self.task.texts)
+            tokens = int(real.sum())
+            positions = tokens if self.packed else len(real)
             self.watch.padded, self.watch.positions = self.watch.padded + positions - tokens, self.watch.positions + positions
             # Processes exchange their gradients once, with the last one; whether they do so then is the Trainer's decision.
             with self.accelerator.no_sync(model) if i + 1 < len(inputs) else contextlib.nullcontext():

@@ -207,27 +207,27 @@ SENTENCES = {
         "{labels} 个标签中有 {n} 个在训练集中出现不到 {times} 次：{rare}",
     "a stream is not examined for copies, leaks and personal data": "流式数据不检查重复、泄漏和个人信息",
     # what became of the rows (data.py, tasks/)
-    "{n} {unit} exceed --max_length {length}: {turns} oldest turns dropped":
+    "{n} {unit} (exceeds|exceed) --max_length {length}: {turns} oldest (turn|turns) dropped":
         "{n} 条{unit}超过 --max_length {length}：去掉了最早的 {turns} 轮",
     "left out, as even the last question with its answer exceeds --max_length or no turn is trained on: {n} {unit} (numbers {numbers})":
         "舍弃了 {n} 条{unit}（第 {numbers} 条）：最后一问一答也超过 --max_length，或没有可训练的轮次",
-    "{n} rows exceed --max_length {length} and lost their end": "{n} 行超过 --max_length {length}，末尾被截去",
-    "{n} rows exceed --max_length {length} with their context, which lost its beginning, or all":
+    "{n} (row exceeds|rows exceed) --max_length {length}: the end is cut off": "{n} 行超过 --max_length {length}，末尾被截去",
+    "{n} (row exceeds|rows exceed) --max_length {length} with the context, which lost its beginning, or all":
         "{n} 行连同上下文超过 --max_length {length}，上下文的开头或全部被截去",
     "{n} of {tokens} tokens are unknown to the tokenizer, and the same {unknown} to the model: it goes by what stands around them":
         "{tokens} 个词元中有 {n} 个分词器不认识，对模型来说都是 {unknown}：只能凭上下文判断",
     "{n} of {words} words are unknown to the tokenizer, and the same {unknown} to the model: it goes by what stands around them":
         "{words} 个词中有 {n} 个分词器不认识，对模型来说都是 {unknown}：只能凭上下文判断",
-    "{n} out-of-scope rows are not trained on": "{n} 行域外数据不参与训练",
+    "{n} out-of-scope (row is|rows are) not trained on": "{n} 行域外数据不参与训练",
     "--train_fraction {share}: {n} of {rows} train rows, drawn with seed {seed}":
         "--train_fraction {share}：训练集 {rows} 行中的 {n} 行，抽取种子 {seed}",
-    "replay: {n} labels of {source} have no row among those drawn, so they are not learned ({labels}): a larger share draws more":
+    "replay: {n} (label|labels) of {source} without a row among those drawn, not learned ({labels}): a larger share draws more":
         "回放：{source} 中有 {n} 个标签没有抽到任何一行，因此学不到（{labels}）：提高比例可多抽一些",
     # what happened in an evaluation (tasks/)
     "{name}: {n} of {all} replies did not end within {tokens} tokens and were cut":
         "{name}：{all} 条回复中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
-    "{name}: {n} questions exceed the {limit} tokens that the run's --max_length and the model's window leave; their replies count as "
-    "empty":
+    "{name}: {n} (question exceeds|questions exceed) the {limit} tokens that the run's --max_length and the model's window leave; the "
+    "reply counts as empty":
         "{name}：{n} 个问题超过了该运行的 --max_length 和模型窗口所留的 {limit} 个词元，其回复按空计",
     "{name}: {n} of {all} targets did not end within {tokens} tokens and were cut":
         "{name}：{all} 条译文中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
@@ -235,6 +235,12 @@ SENTENCES = {
         "最可能的标签概率低于 {cut} 的行判为 {label}（阈值由开发集定）",
     "{n} times {predicted} in place of {right}": "{n} 次把 {right} 判成 {predicted}",
 }
+
+
+def counted(n: int, what: str) -> str:
+    """`n` and what there are so many of: "1 row", "2 rows" of "rows"; of "row is|rows are", the part that fits."""
+    one, _, several = what.rpartition("|")
+    return f"{n:,} {several if n != 1 else one or several.removesuffix('s')}"
 
 
 def wording(language: str):
@@ -254,7 +260,8 @@ def name_in(language: str):
 def sentence_in(language: str):
     """A function that says a sentence of a record in `language`, or leaves it as it is, if SENTENCES does not hold it."""
     name = name_in(language)
-    how = dict.fromkeys(("metric", "unit", "split"), name)  # parts that have a name in Chinese
+    how = dict.fromkeys(("metric", "split"), name)  # parts that have a name in Chinese
+    how["unit"] = lambda unit: name(unit if unit in ZH else f"{unit}s")
     how["names"] = lambda names: re.sub(r", | and ", "、", names)
     how["found"] = lambda kinds: re.sub("([^,]+?) in ([0-9]+)", lambda one: f"{name(one[1].strip())} {one[2]} 行", kinds)
 
@@ -270,9 +277,9 @@ def sentence_in(language: str):
 
 
 def _pattern(english: str) -> re.Pattern:
-    """What `english` matches: each part in braces any text, as short as can be."""
-    return re.compile("".join(f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(re.split(r"{(\w+)}", english))),
-                      re.S)
+    """What `english` matches: each part in braces any text, as short as can be; of (row is|rows are), either."""
+    parts = [f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(re.split(r"{(\w+)}", english))]
+    return re.compile(re.sub(r"\\\(([^()|]*)\\\|([^()|]*)\\\)", r"(?:\1|\2)", "".join(parts)), re.S)
 
 
 _PATTERNS = {english: _pattern(english) for english in SENTENCES}

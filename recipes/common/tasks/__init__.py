@@ -30,8 +30,9 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from recipes.common import args, batches, data, deadline, disk, doctor, encoding, losses, models, regularize, streaming
+from recipes.common import args, batches, data, deadline, disk, doctor, encoding, losses, models, regularize, streaming, trained
 from recipes.common.errors import UserError
+from recipes.common.wording import counted
 
 DEV_ROWS = 500  # of a stream without a dev file, unless --max_eval_samples says so
 # Flags that leave the features of the rows alone, or name what is looked at in itself: the model's tokenizer and config, the run's record.
@@ -57,6 +58,7 @@ class Task:
     encode: Callable[..., tuple[Dataset, dict]]  # (rows, name, on_bad_row, training) -> features, counts of what was shortened and left out
     one: encoding.One | None = field(default=None, kw_only=True)  # what encode does with a row, for tasks whose rows can be streamed
     collate: Callable[[list[dict]], dict[str, torch.Tensor]]
+    texts: tuple[str, ...] = field(default=("input_ids",), kw_only=True)  # columns of tokens that are counted; of pairs, the target too
     loss: Callable[..., list[losses.Part]]
     outputs: Callable[[list[losses.Part]], tuple] = lambda parts: ()  # tensors (batch, ...) that `metrics` needs
     metrics: Callable[..., dict[str, float]] = lambda *outputs_and_labels: {}  # beside the loss, of all dev rows
@@ -143,6 +145,7 @@ def _load(shared, method, training) -> Task:
         run = Path(shared.start_from)
         record = models.read_record(run, "--start_from")
         _check_same_task(run, record, shared)
+        trained.check_goes_on(run, method.peft_method)
         source = models.source_of_run(run, record)
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
@@ -175,7 +178,8 @@ def _load(shared, method, training) -> Task:
         facts = _facts_of_run(record, shared, rows.facts) if run else rows.facts
         task = _make(kind, shared, source, tokenizer, facts)
         features, counts = _encode(task, rows.splits, shared)
-        disk.keep(folder, features, {"facts": facts, "report": {"splits": counts, **rows.replayed, "doctor": _brief(rows, facts, shared)}})
+        disk.keep(folder, features, {"facts": facts, "report": {
+            "splits": counts, **rows.replayed, "doctor": _brief(rows, counts["train"], shared)}})
     features, made = entry or disk.kept(folder)
     task.report |= {"max_length": task.max_length, **made["report"], "tokenized": {"folder": str(folder), "from_cache": bool(entry)}}
     task.report["doctor"]["details"] = doctor_command(shared, training.seed)
@@ -238,7 +242,7 @@ def doctor_command(shared, seed: int) -> str:
 
 def _plan_steps(task: Task, tokens: int, training) -> None:
     """How many steps of `tokens` tokens the train rows make. Raises `UserError` where a step could not hold a row."""
-    lengths = batches.lengths(task.train)
+    lengths = batches.lengths(task.train, task.texts)
     if max(lengths) > tokens:
         raise UserError(f"--tokens_per_step {tokens}: the longest train row has {max(lengths)} tokens; raise it, or lower --max_length")
     if len(lengths) < training.world_size:
@@ -296,10 +300,10 @@ def _rows(kind, shared, seed: int, files: list[list[dict]], old: _Old | None) ->
     return _Rows(splits, replayed, facts, read)
 
 
-def _brief(rows: _Rows, facts: dict, shared) -> dict:
-    """What the doctor says of the rows in short."""
+def _brief(rows: _Rows, trained_on: dict, shared) -> dict:
+    """What the doctor says of the rows in short; `trained_on` is the report on the train rows."""
     counts, sentences = doctor.brief(rows.read["train"][: shared.max_train_samples], rows.read["dev"][: shared.max_eval_samples],
-                                     facts.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
+                                     trained_on.get("labels"), repeated=data.sources(shared.data)[0].weight is not None)
     return {**counts, "sentences": sentences}
 
 
@@ -362,7 +366,7 @@ def _know_old_labels(old: _Old, facts: dict, every: dict, train: data.Rows) -> N
     missing = [label for label in every if label not in facts["labels"]]
     facts["labels"] = {label: facts["labels"].get(label, 0) for label in every}
     if missing:
-        train.notes.append(f"replay: {len(missing)} labels of {old.name} have no row among those drawn, so they are not learned "
+        train.notes.append(f"replay: {counted(len(missing), 'labels')} of {old.name} without a row among those drawn, not learned "
                            f"({', '.join(missing[:5])}{' ...' if missing[5:] else ''}): a larger share draws more")
 
 
@@ -463,7 +467,7 @@ def print_report(task: Task) -> None:
     asked = f" (from scratch, after {source.requested})" if source.from_scratch else f" (asked for: {source.requested})"
     print(f"model: {source.used}" + (asked if source.used != source.requested else ""))
     if task.lineage:
-        print("goes on from: {run} ({recipe}, {steps} steps)".format(**task.lineage[-1]))
+        print("goes on from: {run} ({recipe}, {counted})".format(**task.lineage[-1], counted=counted(task.lineage[-1]["steps"], "steps")))
     if report.get("tokenized", {}).get("from_cache"):
         print(f"tokenized rows from the cache, as neither they nor what reads them has changed: {report['tokenized']['folder']}")
     for note in report.get("notes", []):
@@ -472,7 +476,8 @@ def print_report(task: Task) -> None:
         if "rows" not in c:
             print(f"{split}: {c['source']}, {c['notes'][0]}")
             continue
-        print(f"{split}: {c['kept']} of {c['rows']} {c['unit']}, {c['tokens']:,} tokens, {c['supervised']:,} {c['items']} trained on "
+        print(f"{split}: {c['kept']:,} of {counted(c['rows'], c['unit'])}, {counted(c['tokens'], 'tokens')}, "
+              f"{counted(c['supervised'], c['items'])} trained on "
               f"({c['source']})")
         for sentence in c["notes"] + c["sentences"]:
             print(f"  {sentence}")

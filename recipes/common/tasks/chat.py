@@ -13,6 +13,7 @@ from recipes.common import chat, data, encoding, evaluation, generation, losses,
 from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
+from recipes.common.wording import counted
 
 MAX_LENGTH = 768
 UNIT = "dialogues"
@@ -67,11 +68,11 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         raise UserError(f"{name}: the model's chat template refuses every dialogue; {refused[1]}")
     sentences = []
     if counts["shortened"]:
-        sentences.append(f"{counts['shortened']} dialogues exceed --max_length {max_length}: "
-                         f"{counts['turns_dropped']} oldest turns dropped")
+        sentences.append(f"{counted(counts['shortened'], 'dialogue exceeds|dialogues exceed')} --max_length {max_length}: "
+                         f"{counted(counts['turns_dropped'], 'oldest turns')} dropped")
     if left_out:
         sentences.append("left out, as even the last question with its answer exceeds --max_length or no turn is trained on: "
-                         f"{len(left_out)} dialogues ({_some(rows, left_out)})")
+                         f"{counted(len(left_out), 'dialogues')} ({_some(rows, left_out)})")
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "tokens",
         **{key: counts[key] for key in ("shortened", "turns_dropped", "tokens", "supervised")}, "sentences": sentences}
@@ -121,8 +122,8 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         if result["cut"]:
             notes.append(f"{name}: {result['cut']} of {len(turns)} replies did not end within {options.max_new_tokens} tokens and were cut")
         if result["too_long"]:
-            notes.append(f"{name}: {result['too_long']} questions exceed the {result['limit']} tokens that the run's --max_length and the "
-                         "model's window leave; their replies count as empty")
+            notes.append(f"{name}: {counted(result['too_long'], 'question exceeds|questions exceed')} the {result['limit']} tokens that "
+                         "the run's --max_length and the model's window leave; the reply counts as empty")
     texts = {name: [text for _, _, text in result["replies"]] for name, result in results.items()}
     samples = [[*((m["role"], m["content"]) for m in rows[turns[i][0]]["messages"][: turns[i][1]][-1:]), ("reference", references[i]),
                 *((name, replies[i]) for name, replies in texts.items())] for i in evaluation.reported(len(turns), options)]

@@ -22,6 +22,7 @@ from recipes.common.errors import UserError
 from recipes.common.head_start import start_from_prototypes
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task, flags
+from recipes.common.wording import counted
 
 MAX_LENGTH = 256
 UNIT = "rows"
@@ -124,8 +125,8 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         sentences += _none_outside(counts, len(features), shared, dev=not outside_alone)
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": refused, "items": "labels",
-        **{key: counts[key] for key in ("shortened", "tokens", "supervised")},
-        "sentences": sentences}
+        **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences,
+        **({"labels": dict(sorted(own.items()))} if training else {})}
 
 
 def _absent(labels, own: Counter, rows: int) -> list[str]:
@@ -157,12 +158,13 @@ def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> 
     """What became of the rows that were kept and of those out of scope that were left out, as far as it is not what one would expect."""
     sentences = []
     if counts["cut"]:
-        sentences.append(f"{counts['cut']} rows exceed --max_length {shared.max_length} and lost their end")
+        sentences.append(f"{counted(counts['cut'], 'row exceeds|rows exceed')} --max_length {shared.max_length}: the end is cut off")
     if counts["context"]:
-        sentences.append(f"{counts['context']} rows exceed --max_length {shared.max_length} with their context, which lost its beginning, "
-                         "or all")
+        sentences.append(f"{counted(counts['context'], 'row exceeds|rows exceed')} --max_length {shared.max_length} with the context, "
+                         "which lost its beginning, or all")
     if counts["ends"]:
-        sentences.append(f"{counts['ends']} rows hold the token {tokenizer.eos_token}, which ends a text: it is left out of theirs")
+        sentences.append(f"{counted(counts['ends'], 'row holds|rows hold')} the token {tokenizer.eos_token}, which ends a text: it "
+                         "is left out")
     if counts["unknown"]:
         sentences.append(f"{counts['unknown']:,} of {counts['tokens']:,} tokens are unknown to the tokenizer, and the same "
                          f"{tokenizer.unk_token} to the model: it goes by what stands around them")
@@ -171,7 +173,7 @@ def _sentences(counts: Counter, kept: int, left_out: int, tokenizer, shared) -> 
     if 0 < counts["pairs"] < counts["flat"]:
         sentences.append(f"{counts['pairs']} of {counts['flat']} rows have a text_pair, the others are read without")
     if left_out:
-        sentences.append(f"{left_out} out-of-scope rows are not trained on")
+        sentences.append(f"{counted(left_out, 'out-of-scope row is|out-of-scope rows are')} not trained on")
     return sentences
 
 

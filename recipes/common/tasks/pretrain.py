@@ -30,6 +30,7 @@ from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
+from recipes.common.wording import counted
 
 MAX_LENGTH = 512
 UNIT = "texts"
@@ -132,7 +133,7 @@ def encode_blocks(rows, name: str, on_bad_row: str = "stop", training: bool = Fa
     return blocks, {
         "unit": UNIT, "rows": len(rows), "kept": len(rows), "left_out": [], "refused": {}, "items": "tokens", "shortened": 0,
         "tokens": counts["tokens"] + (begin is None), "supervised": counts["supervised"], "bytes": counts["bytes"], "blocks": len(blocks),
-        "sentences": [f"joined into {len(blocks)} blocks of {max_length} tokens, {counts['bytes']:,} bytes of text"]}
+        "sentences": [f"joined into {counted(len(blocks), 'blocks')} of {max_length} tokens, {counts['bytes']:,} bytes of text"]}
 
 
 def _whole(row: dict, tokenizer, begin: int | None, end: int) -> tuple[dict, dict]:
@@ -243,20 +244,22 @@ def encode_masked(rows, name: str, on_bad_row: str = "stop", training: bool = Fa
     features = encoding.dataset(known()) if documents else None
     if features is None:
         raise UserError(f"{name}: the tokenizer knows no word of the texts")
-    sentences = [f"cut into {counts['rows']} rows of at most {max_length} tokens",
-                 f"{counts['drawn']:,} words are asked for, " + ("in each epoch others" if training else "the same in every evaluation")]
+    sentences = [f"cut into {counted(counts['rows'], 'rows')} of at most {max_length} tokens",
+                 f"{counted(counts['drawn'], 'word is|words are')} asked for, "
+                 + ("in each epoch others" if training else "the same in every evaluation")]
     if left_out:
-        sentences.append(f"{len(left_out)} texts hold no word that the tokenizer finds and are left out")
+        sentences.append(f"left out, as the tokenizer finds no word: {counted(len(left_out), 'texts')}")
     if counts["unknown"]:
+        strange = counted(counts["strange"], "row of nothing else is|rows of nothing else are")
         sentences.append(f"{counts['unknown']:,} of {counts['read']:,} tokens are unknown to the tokenizer ({tokenizer.unk_token}): they "
                          "are never asked for"
-                         + (f", and {counts['strange']} rows of nothing else are left out" if counts["strange"] else ""))
+                         + (f", and {strange} left out" if counts["strange"] else ""))
     if next_sentence:
         following, strangers, alone = (counts["pair", answer] for answer in (0, 1, IGNORE))
         if training and not (following and strangers):
             raise UserError(f"{name}: --next_sentence needs several texts, and several sentences in a text: leave it out")
         sentences.append(f"pairs: {following} of sentences that follow each other, {strangers} of different texts"
-                         + (f"; {alone} rows have one text and are not asked" if alone else ""))
+                         + (f"; {counted(alone, 'rows')} of a single text without a question" if alone else ""))
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(rows) - len(left_out), "left_out": left_out, "refused": {}, "items": "words",
         "shortened": 0, "tokens": counts["tokens"], "unknown": counts["unknown"], "supervised": counts["drawn"], "bytes": counts["bytes"],

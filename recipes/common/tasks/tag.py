@@ -19,6 +19,7 @@ from recipes.common.chat import IGNORE
 from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task, flags
+from recipes.common.wording import counted
 
 MAX_LENGTH = 256
 UNIT = "rows"
@@ -79,17 +80,18 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         raise UserError(f"{name}: no word has a token within --max_length {max_length}; raise --max_length")
     sentences = []
     if counts["shortened"]:
-        sentences.append(f"{counts['shortened']} rows exceed --max_length {max_length}: their last {counts['beyond']} words are "
+        sentences.append(f"{counted(counts['shortened'], 'row exceeds|rows exceed')} --max_length {max_length}: at the end, "
+                         f"{counted(counts['beyond'], 'word is|words are')} "
                          f"{'not trained on' if training else 'predicted as O'}")
     if counts["empty"]:
-        sentences.append(f"{counts['empty']} words are nothing to the tokenizer (control characters, or what a broken file left, as �): "
-                         f"{'not trained on' if training else 'predicted as O'}")
+        sentences.append(f"{counted(counts['empty'], 'word is|words are')} nothing to the tokenizer (control characters, or what a broken "
+                         f"file left, as �): {'not trained on' if training else 'predicted as O'}")
     if counts["stray"]:
-        sentences.append(f"{counts['stray']} tags I-... continue no span of their type: each begins one")
+        sentences.append(f"{counted(counts['stray'], 'tag I-... continues|tags I-... continue')} no span of the type: each begins one")
     unknown = {key[1]: n for key, n in counts.items() if isinstance(key, tuple)}
     if unknown:
-        sentences.append(f"{sum(unknown.values())} words have types that the train rows lack ({', '.join(sorted(unknown))}): they can't be "
-                         "found")
+        sentences.append(f"{counted(sum(unknown.values()), 'word has a type|words have types')} that the train rows lack "
+                         f"({', '.join(sorted(unknown))}): they can't be found")
     if counts["unread"]:
         sentences.append(f"{counts['unread']} of {counts['supervised']} words are unknown to the tokenizer, and the same "
                          f"{tokenizer.unk_token} to the model: it goes by what stands around them")

@@ -1,8 +1,9 @@
 """A source and its target: a translation, or any other text made from a text.
 
 Rows are {"source", "target"}; for scoring, "refs" may hold several targets. An encoder-decoder (T5, Marian) reads the source, after
-`--source_prefix`, and writes the target. A decoder-only model is asked in a dialogue of one question, `--instruction` and the source, so
-templates, masks and generation are those of the chat task.
+`--source_prefix`, and writes the target; tokens of both are counted, in a step as in tokens a second. A
+decoder-only model is asked in a dialogue of one question, `--instruction` and the source, so templates, masks and generation are those of
+the chat task.
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ from recipes.common.errors import UserError
 from recipes.common.scoring import dataset_outputs, mean_loss
 from recipes.common.tasks import Task
 from recipes.common.tasks import chat as chat_task
+from recipes.common.wording import counted
 
 MAX_LENGTH = 256
 UNIT = "pairs"
@@ -69,7 +71,7 @@ def _encoder_decoder(shared, source, tokenizer) -> Task:
     one = partial(_encode, tokenizer=tokenizer, prefix=shared.source_prefix or "", max_length=shared.max_length)
     return Task("translate", "SEQ_2_SEQ_LM", AutoModelForSeq2SeqLM, source, tokenizer, shared.max_length,
                 encode=partial(encode, one=one, max_length=shared.max_length, processes=shared.preprocessing_num_workers), one=one,
-                collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
+                texts=("input_ids", "labels"), collate=partial(collate, pad_id=tokenizer.pad_token_id), loss=losses.same_token,
                 generation=models.own_generation_config(source))
 
 
@@ -85,9 +87,9 @@ def encode(rows, name: str, on_bad_row: str = "stop", training: bool = False, *,
         raise UserError(f"{name}: every target is longer than --max_length {max_length}: raise it")
     sentences = _first_of_several(rows)
     if counts["shortened"]:
-        sentences.append(f"{counts['shortened']} sources exceed --max_length {max_length} and lost their end")
+        sentences.append(f"{counted(counts['shortened'], 'source exceeds|sources exceed')} --max_length {max_length}: the end is cut off")
     if left_out:
-        sentences.append(f"left out, as their target exceeds --max_length {max_length}: {len(left_out)} pairs")
+        sentences.append(f"left out, as their target exceeds --max_length {max_length}: {counted(len(left_out), 'pairs')}")
     return features, {
         "unit": UNIT, "rows": len(rows), "kept": len(features), "left_out": left_out, "refused": {}, "items": "tokens",
         **{key: counts[key] for key in ("shortened", "tokens", "supervised")}, "sentences": sentences}
@@ -117,7 +119,7 @@ def _target(row: dict) -> str:
 
 def _first_of_several(rows: list[dict]) -> list[str]:
     several = sum("target" not in row and len(row["refs"]) > 1 for row in rows)
-    return [f'{several} pairs have several "refs" and no "target": the loss is over the first one'] if several else []
+    return [f'{counted(several, "pair has|pairs have")} several "refs" and no "target": the loss is over the first one'] if several else []
 
 
 def collate(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
@@ -136,7 +138,7 @@ def dialogue(row: dict, instruction: str | None) -> list[dict]:
 
 def _encode_dialogue(rows, name, on_bad_row="stop", training=False, *, encode):
     features, counts = encode(rows, name, on_bad_row, training)
-    sentences = _first_of_several(rows) + [sentence.replace("dialogues", UNIT) for sentence in counts["sentences"]]
+    sentences = _first_of_several(rows) + [sentence.replace("dialogue", "pair") for sentence in counts["sentences"]]
     return features, {**counts, "unit": UNIT, "sentences": sentences}
 
 
@@ -194,8 +196,8 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
                                            for limit in limits])
         fitting = [ids for ids in prompts if ids is not None]
         if len(fitting) < len(rows):
-            print(f"note: {name}: {len(rows) - len(fitting)} sources exceed the {min(limits)} tokens that --max_length leaves; their "
-                  "targets are empty")
+            print(f"note: {name}: {counted(len(rows) - len(fitting), 'source exceeds|sources exceed')} the {min(limits)} tokens that "
+                  "--max_length leaves; the target is empty")
         texts, cut = processes.divided(lambda own: generation.replies(
             model, task.tokenizer, own, options.max_new_tokens, options.batch_size, f"Targets of {name}", options.num_beams, **search),
             fitting)
@@ -210,7 +212,7 @@ def write(name, model, task, rows, record, options) -> tuple[list[str], int]:
                                  strict=True)
         each.append(list(sources))
         if any(shortened):
-            print(f"note: {name} reads {sum(shortened)} sources without their end, as they exceed --max_length {own.max_length}")
+            print(f"note: {name} reads {counted(sum(shortened), 'sources')} without the end, which exceeds --max_length {own.max_length}")
     sources = generation.side_by_side(each)
     return processes.divided(lambda own: generation.write(
         model, task.tokenizer, own, generation.right_pad, options.max_new_tokens, options.batch_size, options.num_beams,
