@@ -23,11 +23,11 @@ class MethodArguments(args.Method):
 
     learning_rate: float = trainer_option(5e-2, "best on SmolLM2-135M (docs/benchmarks.md); high, as few numbers must do it all",
                                           prefix_projection=1e-3, classify=1e-2)
-    num_virtual_tokens: int = option(100, "length of the prefix; the paper's best are 5 to 200 (figure 4)", {"classify": 20, "tag": 20},
-                                     at_least=1, search=(10, 20, 50, 100))
+    num_virtual_tokens: int = option(100, "length of the prefix; the paper's best are 5 to 200 (figure 4), ours in docs/benchmarks.md",
+                                     {"classify": 20, "tag": 20}, at_least=1, search=(10, 20, 50, 100))
     start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "
                                               "prefix disturbs the model for hundreds of steps")
-    prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 25 times the parameters")
+    prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 5 times the parameters")
     projection_hidden_size: int = option(512, "width of that network (the paper's 512)", at_least=1)
 
     def check(self, shared, training):

@@ -22,7 +22,7 @@ from conftest import CHATML, DIALOGUES, ROOT, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recipes.common import args, chat, data, deadline, disk, formats, models, tasks
+from recipes.common import args, chat, data, deadline, disk, doctor_tokens, formats, models, tasks
 from recipes.common.errors import UserError
 
 spec = importlib.util.spec_from_file_location("doctor_script", ROOT / "scripts/doctor.py")
@@ -276,7 +276,7 @@ def two_tasks(tiny):
     tokenizer, kind = models.load_tokenizer(source), tasks.module("chat")
 
     def make(max_length: int):
-        return [kind.make(args.SharedArguments(max_length=length), source, tokenizer, {}) for length in (max_length, script.WHOLE)]
+        return [kind.make(args.SharedArguments(max_length=length), source, tokenizer, {}) for length in (max_length, doctor_tokens.WHOLE)]
 
     return make
 
@@ -302,8 +302,8 @@ def test_what_is_shortened_and_left_out_is_what_training_shortens_and_leaves_out
         return
     task, whole = two_tasks(max_length)
     numbers = [10 + i for i in range(len(rows))]
-    encoded, findings = script.encode("train", disk.store(rows), script.Part("mine", disk.store(rows), numbers), task, whole,
-                                      args.SharedArguments())
+    encoded, findings = doctor_tokens.encode("train", disk.store(rows), script.Part("mine", disk.store(rows), numbers), task, whole,
+                                             args.SharedArguments())
     one_by_one = [chat.encode(row["messages"], task.tokenizer, max_length) for row in rows]
     split = encoded.summary
     left_out = [n for n, tokens in zip(split.numbers, split.supervised, strict=True) if tokens == 0]

@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "comparison_record": {"args", "comparison", "comparison_runs", "data", "errors", "evaluation", "item_scores", "runs", "statistics"},
     "search": {"args", "errors", "runs", "tasks", "trainer"},
     "doctor": {"chat", "disk", "duplicates", "metrics", "pii", "wording"},
+    "doctor_tokens": {"chat", "data", "disk", "doctor", "errors", "evaluation", "tasks", "wording"},
     "cases": {"errors"},
     "outlines": set(),
     "chat": {"errors", "outlines"},
