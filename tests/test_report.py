@@ -162,7 +162,8 @@ def test_a_text_to_translate_is_no_source_of_data(compared):
     assert ">原文</span>Drive carefully." in page and "小心驾驶。 / 开车小心。" in page
 
 
-def test_a_comparison_of_an_earlier_version_has_a_report(compared):
+def test_a_comparison_of_an_earlier_version_has_a_report(compared, monkeypatch):
+    monkeypatch.setattr(plots, "svg", lambda figure, label: "")  # they take the time, and are looked at elsewhere
     old = {key: value for key, value in compared.items() if key not in ("doctor", "configuration")}
     old["systems"] = [{key: value for key, value in one.items() if key != "configuration"} for one in compared["systems"]]
     assert [section for section in COMPARISON_SECTIONS if f'id="{section}"' not in report.render_comparison(old)] == []
@@ -332,7 +333,8 @@ def test_the_report_is_written_again_in_chinese_and_stays_so(run, tmp_path):
     assert '<html lang="en">' in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_comparison_is_recognised(compared, tmp_path):
+def test_a_comparison_is_recognised(compared, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "svg", lambda figure, label: "")
     (tmp_path / "compare.json").write_text(json.dumps(compared), encoding="utf-8")
     assert call("scripts/report.py", "--run", tmp_path).code == 0
     assert 'id="costs"' in (tmp_path / "report.html").read_text(encoding="utf-8")
