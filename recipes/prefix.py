@@ -27,7 +27,8 @@ class MethodArguments(args.Method):
                                      {"classify": 20, "tag": 20}, at_least=1, search=(10, 20, 50, 100))
     start: Literal["text", "random"] = option("text", "start from what the first train tokens leave in the attention layers; a random "
                                               "prefix disturbs the model for hundreds of steps")
-    prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: some 5 times the parameters")
+    prefix_projection: bool = option(False, "compute the prefix from a network, as in the paper: 5 times the parameters of 100 virtual "
+                                           "tokens, 25 times those of 20")
     projection_hidden_size: int = option(512, "width of that network (the paper's 512)", at_least=1)
 
     def check(self, shared, training):

@@ -18,6 +18,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from transformers import TrainingArguments
 
+from recipes import prefix
 from recipes.common import args, models
 
 RECIPES = sorted((ROOT / "recipes").glob("[!_]*.py"))
@@ -333,6 +334,17 @@ def test_readme_commands_exist(readme):
 def test_both_readmes_hold_the_same_commands():
     english, chinese = (commands_in(path.read_text(encoding="utf-8")) for path in READMES)
     assert english == chinese
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_readme_tells_the_prefix_of_the_defaults(readme):
+    tokens, text = prefix.MethodArguments().num_virtual_tokens, readme.read_text(encoding="utf-8")
+    layers, head_width, hidden = 30, 3 * 64, 512  # SmolLM2-135M, and the network of --prefix_projection
+    trained = tokens * 2 * layers * head_width
+    projected = tokens * head_width + (head_width + 1) * hidden + (hidden + 1) * 2 * layers * head_width
+    row, = (line for line in text.splitlines() if line.startswith("| `prefix` |"))
+    share = f"{100 * trained / (134_515_008 + trained):.2f} %"
+    assert f"{trained:,}" in row and share in row and row.count(f" {tokens} ") == 2 and f" {projected:,} " in text
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)

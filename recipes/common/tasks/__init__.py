@@ -477,8 +477,7 @@ def print_report(task: Task) -> None:
             print(f"{split}: {c['source']}, {c['notes'][0]}")
             continue
         print(f"{split}: {c['kept']:,} of {counted(c['rows'], c['unit'])}, {counted(c['tokens'], 'tokens')}, "
-              f"{counted(c['supervised'], c['items'])} trained on "
-              f"({c['source']})")
+              f"{counted(c['supervised'], c['items'])} {'trained on' if split == 'train' else 'scored'} ({c['source']})")
         for sentence in c["notes"] + c["sentences"]:
             print(f"  {sentence}")
         for sentence in c["bad_rows"][:5]:
