@@ -619,6 +619,14 @@ def test_a_damaged_record_is_told_before_anything_is_trained(tmp_path):
     assert compare.language_before(tmp_path / "new") == "en"
 
 
+def test_all_read_as_much_of_a_row_as_the_one_that_takes_positions(tiny, shop, capsys):
+    words = ["--recipes", "lora", "prefix", "--model", str(tiny("llama")), "--data", str(shop), "--use_cpu", "--grid"]
+    plan = compare.check(*compare.parse([*words, "prefix.num_virtual_tokens=20,50"]))
+    assert plan.common[-2:] == ["--max_length", "206"] and "note: --max_length 206 for all" in capsys.readouterr().out
+    plan = compare.check(*compare.parse([*words, "prefix.num_virtual_tokens=20", "--max_length", "100"]))
+    assert plan.common.count("--max_length") == 1 and "for all" not in capsys.readouterr().out
+
+
 def test_seeds_need_the_same_held_out_rows(tiny, write_jsonl, tmp_path):
     path = write_jsonl(DIALOGUES)
     refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--seeds", "2", "--output_dir",
