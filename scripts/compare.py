@@ -13,7 +13,8 @@ would be cut there, so the learning rate is then constant after 10 steps, unless
 recipe trains --num_train_epochs.
 
 --grid RECIPE.FLAG=V1,V2 (several combine) trains each combination with the first seed and goes on with the best on dev; one value alone
-sets the flag. --search N lets Optuna choose, by N trials on dev for each recipe (recipes/common/search.py). Neither looks at test rows.
+sets the flag. --search N lets Optuna choose those that are not set, by N trials on dev for each recipe (recipes/common/search.py), the
+learning rate around the one that is set. Neither looks at test rows.
 Both judge by --metric where it is measured on dev while training (of written answers, with --eval_generate_rows), else by the dev loss.
 
 --data_fractions 0.25,0.5,1 also trains on shares of the rows, each part of the next, and tells what more data would bring.
