@@ -13,7 +13,8 @@ would be cut there, so the learning rate is then constant after 10 steps, unless
 recipe trains --num_train_epochs.
 
 --grid RECIPE.FLAG=V1,V2 (several combine) trains each combination with the first seed and goes on with the best on dev; one value alone
-sets the flag. --search N lets Optuna choose, by N trials on dev for each recipe (recipes/common/search.py). Neither looks at test rows.
+sets the flag. --search N lets Optuna choose those that are not set, by N trials on dev for each recipe (recipes/common/search.py), the
+learning rate around the one that is set. Neither looks at test rows.
 Both judge by --metric where it is measured on dev while training (of written answers, with --eval_generate_rows), else by the dev loss.
 
 --data_fractions 0.25,0.5,1 also trains on shares of the rows, each part of the next, and tells what more data would bring.
@@ -144,11 +145,12 @@ def check(options, flags: list[str]) -> SimpleNamespace:
         raise UserError("--search trains in one process: leave --hardware out, or choose the settings with --grid")
     if options.search and any(len(points) > 1 for points in grid.values()):
         raise UserError("--search chooses the settings that --grid would choose from: leave one of them out")
-    said = io.StringIO()
+    said, methods = io.StringIO(), []
     with contextlib.redirect_stdout(said):
         for name, module in modules.items():
             for settings in grid[name]:
-                shared, _, training = understood(name, module, [*common, *as_flags(settings)])
+                shared, method, training = understood(name, module, [*common, *as_flags(settings)])
+                methods.append(method)
     print("".join(dict.fromkeys(said.getvalue().splitlines(keepends=True))), end="")  # a note that all of them make is shown once
     fractions = sorted(map(share, options.data_fractions.split(",")))
     if fractions[-1] != 1 or len(set(fractions)) < len(fractions):
@@ -167,8 +169,17 @@ def check(options, flags: list[str]) -> SimpleNamespace:
     if split == "dev" and options.seeds > 1 and any("dev" not in files for files in sources):
         raise UserError("--seeds: the data has no test file, and each seed would hold out other rows: give a folder with a test or dev "
                         "file, or use --seeds 1")
-    if not shared.start_from:
-        models.resolve(shared.model, shared.fallback_model)  # a model that can't be had is known before the first run
+    # A model or a run that can't be had is known before the first training.
+    if shared.start_from:
+        run = Path(shared.start_from)
+        source = models.source_of_run(run, models.read_record(run, "--start_from"))
+    else:
+        source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
+    lengths = {tasks.longest(kind, source, method) for method in methods}
+    if len(lengths) > 1 and not shared.max_length:
+        common += ["--max_length", str(min(lengths))]
+        print(f"note: --max_length {min(lengths)} for all, as that is what one of them leaves of the window of {source.used}: each is to "
+              "read as much of a row")
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     return SimpleNamespace(options=options, common=common, paths=paths, hashes=hashes, grid=grid, fractions=fractions, metric=metric,
                            dev_metric=dev_metric, shared=shared, kind=kind, split=split, base=kind.UNTUNED_SCORES,

@@ -49,7 +49,6 @@ def main():
     errors.check_writable(run)
     kind = tasks.module(record["task"])
     source, rows, label = told_here("rows", held_out_rows, options, record, kind)
-    used = record["model"]["used"]
     dtype = models.dtype(options.dtype)
     folders = [run, *others]
     records = [record, *map(models.read_record, others)]
@@ -72,9 +71,8 @@ def main():
                          "the ensemble's say nothing then; give rows that no run has seen with --data FILE")
         label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
     if options.base and kind.UNTUNED_SCORES:
-        base = "start (drawn at random)" if tasks.flags(record).from_scratch else f"{used} (untuned)"
         untuned = partial(models.load_base, run, dtype, task.auto_class, task.config)
-        candidates = {base: evaluation.Candidate(untuned, task), **candidates}
+        candidates = {evaluation.base_name(record): evaluation.Candidate(untuned, task), **candidates}
     print(f"{counted(len(rows), kind.UNIT)} from {source}")
     latency = {}
     if options.latency:

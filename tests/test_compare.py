@@ -17,6 +17,8 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,18 +286,19 @@ def test_when_all_fail_the_exit_status_says_so(go, broken, tmp_path):
 @pytest.mark.parametrize(("task", "kind", "row", "metrics"), [
     ("classify", "bert", {"text": "Where is my order?", "text_pair": "Hi", "label": "order"}, ["accuracy", "f1_macro", "loss"]),
     ("tag", "bert", {"tokens": ["Friday", "is", "fine"], "tags": ["B-day", "O", "O"]}, ["f1", "loss"]),
-    ("translate", "t5", {"source": "Thank you!", "target": "谢谢"}, ["bleu", "chrf", "rougeL", "loss", "perplexity"])])
+    ("translate", "t5", {"source": "Thank you!", "target": "谢谢"}, ["bleu", "chrf", "rougeL", "loss", "perplexity"]),
+    ("pretrain", "llama", {"text": "Where is my order? " * 9}, ["loss", "perplexity"])])
 def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
     other = {"label": "thanks", "text": "Thank you!"} if task == "classify" else {}
     for split in ("train", "dev", "test"):
         path = write_jsonl([row, row | other] * 3, f"data/{split}.jsonl")
     status, printed, _ = go(tmp_path / "out", "--recipes", "full", "--task", task, "--model", tiny(kind), "--data", path.parent, "--budget",
-                            "steps:1")
+                            "steps:1", *(["--from_scratch"] if task == "pretrain" else []))
     record = json.loads((tmp_path / "out/compare.json").read_text(encoding="utf-8"))
     assert status == 0 and set(record["metrics"]) == set(metrics) and record["main_metric"] == metrics[0]
     [own, *base] = record["systems"]
     assert [system["name"] for system in base] == ({
-        "classify": ["label frequencies"], "tag": [], "translate": ["untuned"]}[task])
+        "classify": ["label frequencies"], "tag": []}.get(task, ["untuned"]))
     table = json.loads((tmp_path / "out/full-seed42/run.json").read_text(encoding="utf-8"))["evaluation"]["test"]
     values = dict(zip(table["columns"], table["table"][-1]["values"], strict=True))
     assert {item_scores.METRICS[metric].title: own["scores"][metric]["mean"] for metric in metrics} == pytest.approx(
@@ -306,7 +309,11 @@ def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
     if task == "tag":
         sample = record["samples"][0]
         assert sample["reference"] == "day: Friday" and sample["context"] == [["text", "Friday is fine"]]
-    assert own["costs"]["latency"] > 0 and record["samples"][0]["answers"].keys() == {system["name"] for system in record["systems"]}
+    assert own["costs"]["latency"] > 0
+    if task == "pretrain":  # texts are joined, so what is drawn is blocks
+        assert record["unit"] == "blocks" and 0 < record["items"] < 6 and record["samples"] == []
+    else:
+        assert record["samples"][0]["answers"].keys() == {system["name"] for system in record["systems"]}
 
 
 # Choosing on dev
@@ -333,18 +340,36 @@ def test_a_grid_is_chosen_on_dev_and_only_the_choice_sees_the_test_rows(go, tmp_
 
 def test_optuna_chooses_within_its_space(go, tmp_path):
     out = tmp_path / "out"
-    _, printed, calls = go(out, "--recipes", "prefix", "--search", "3", "--budget", "steps:2")
+    _, printed, calls = go(out, "--recipes", "prefix", "--search", "3", "--budget", "steps:2", "--grid", "prefix.learning_rate=0.04")
     record = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     [search] = record["grid"]
     assert search["by"] == "search" and len(search["points"]) == 3
     for point in search["points"]:
-        assert 1e-2 <= point["settings"]["learning_rate"] <= 25e-2 and point["settings"]["num_virtual_tokens"] in (10, 20, 50, 100)
+        assert 0.8e-2 <= point["settings"]["learning_rate"] <= 20e-2 and point["settings"]["num_virtual_tokens"] in (10, 20, 50, 100)
     [best] = [point for point in search["points"] if point["chosen"]]
     assert best["value"] == min(point["value"] for point in search["points"] if point["value"] is not None)
     run = json.loads((out / record["systems"][0]["runs"][0]["name"] / "run.json").read_text(encoding="utf-8"))
     assert run["method_arguments"]["num_virtual_tokens"] == best["settings"]["num_virtual_tokens"]
     assert run["training_arguments"]["learning_rate"] == pytest.approx(best["settings"]["learning_rate"])
     assert run["metrics"]["dev_loss"] == pytest.approx(best["value"], rel=1e-4)  # the trial and the run are the same training
+    assert record["systems"][0]["runs"][0]["name"].count("learning_rate=") == 1  # the one that was chosen
+
+
+def test_settings_that_are_set_have_a_search_of_their_own(tmp_path, monkeypatch):
+    called, settings = [], {"learning_rate": 0.1}
+
+    def call(command, log):
+        called.append(shlex.join(command))
+        Path(command[command.index("--result") + 1]).write_text(
+            json.dumps({"best": settings, "trials": [{"settings": settings, "value": 1.0, "state": "COMPLETE"}]}), encoding="utf-8")
+
+    monkeypatch.setattr(comparison_runs, "call", call)
+    plan = SimpleNamespace(options=SimpleNamespace(search=1), dev_metric="loss", seeds=[42], paths={"lora": "lora.py"}, common=[])
+    for rank in (3, 5, 3):
+        plan.grid = {"lora": [(("rank", rank), ("learning_rate", 0.2))]}
+        _, chosen = comparison_runs.choose(plan, tmp_path)
+        assert chosen == {"lora": (("rank", rank), ("learning_rate", 0.1))}
+    assert ["--rank 3" in words for words in called] == [True, False]  # the third time, it is there
 
 
 def test_a_search_judges_by_the_metric_that_decides(go, tiny, write_jsonl, tmp_path):
@@ -352,11 +377,12 @@ def test_a_search_judges_by_the_metric_that_decides(go, tiny, write_jsonl, tmp_p
     for split in ("train", "dev", "test"):
         write_jsonl(rows, f"shop/{split}.jsonl")
     out, words = tmp_path / "out", ["--recipes", "lora", "--search", "2", "--task", "classify", "--model", tiny("bert"), "--data",
-                                    tmp_path / "shop", "--budget", "steps:2"]
+                                    tmp_path / "shop", "--budget", "steps:2", "--rank", "3"]
     _, printed, calls = go(out, *words, short=["--max_length", "32", "--use_cpu", "--bf16", "False"])
     record = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     [search] = record["grid"]
     [best] = [point for point in search["points"] if point["chosen"]]
+    assert list(best["settings"]) == ["learning_rate"]  # the rank is given
     assert search["metric"] == "accuracy" and best["value"] == max(point["value"] for point in search["points"])
     assert best["value"] == record["systems"][0]["runs"][0]["dev"]["dev_accuracy"] == 100  # not 1: as on test
     assert f"best dev accuracy {best['value']:.4f}" in printed and "settings are chosen by dev loss" not in printed
@@ -383,9 +409,11 @@ def test_a_trial_scores_as_the_run_with_its_settings(shop, tiny, tmp_path):
 
 def test_settings_that_a_recipe_refuses_cost_their_trial_alone(shop, tiny, tmp_path):
     """A prefix longer than the room beside the rows, and ranks that leave AdaLoRA nothing to take away."""
+    for name, change in (("prefix", ("option(100,", "option(20,")), ("adalora", ("search=(4, 6, 8, 10)", "search=(12, 14, 16)"))):
+        (tmp_path / f"{name}.py").write_text((ROOT / f"recipes/{name}.py").read_text(encoding="utf-8").replace(*change), encoding="utf-8")
     common = ["--model", tiny("llama"), "--data", shop, "--max_steps", "1", "--use_cpu", "--no_bf16", "--output_dir", tmp_path / "out"]
     words = ["recipes/common/search.py", *common, "--trials", "4", "--result", tmp_path / "x.json"]
-    done = test_cli.call(*words, "--recipe", "prefix", "--max_length", "230", "--num_virtual_tokens", "20")
+    done = test_cli.call(*words, "--recipe", tmp_path / "prefix.py", "--max_length", "230")
     assert done.code == 0, done.err
     trials = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["trials"]
     refused = [trial for trial in trials if trial["settings"]["num_virtual_tokens"] > 26]
@@ -393,7 +421,7 @@ def test_settings_that_a_recipe_refuses_cost_their_trial_alone(shop, tiny, tmp_p
     assert done.out.count("is not trained: --max_length 230 and --num_virtual_tokens") == len(refused)
     assert all((trial["state"], "why" in trial) == (("PRUNED", True) if trial in refused else ("COMPLETE", False)) for trial in trials)
     (tmp_path / "x.json").unlink()
-    test_cli.refused(test_cli.call(*words, "--recipe", "adalora", "--init_rank", "4", "--target_rank", "3", "--max_steps", "9"),
+    test_cli.refused(test_cli.call(*words, "--recipe", tmp_path / "adalora.py", "--max_steps", "9"),
                      "4 of 4 trials could not be trained", "leaves nothing to take away", untouched=tmp_path / "x.json")
 
 
@@ -612,6 +640,14 @@ def test_a_damaged_record_is_told_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match="compare.json is damaged .*: delete it; the runs are kept"):
         compare.language_before(tmp_path)
     assert compare.language_before(tmp_path / "new") == "en"
+
+
+def test_all_read_as_much_of_a_row_as_the_one_that_takes_positions(tiny, shop, capsys):
+    words = ["--recipes", "lora", "prefix", "--model", str(tiny("llama")), "--data", str(shop), "--use_cpu", "--grid"]
+    plan = compare.check(*compare.parse([*words, "prefix.num_virtual_tokens=20,50"]))
+    assert plan.common[-2:] == ["--max_length", "206"] and "note: --max_length 206 for all" in capsys.readouterr().out
+    plan = compare.check(*compare.parse([*words, "prefix.num_virtual_tokens=20", "--max_length", "100"]))
+    assert plan.common.count("--max_length") == 1 and "for all" not in capsys.readouterr().out
 
 
 def test_seeds_need_the_same_held_out_rows(tiny, write_jsonl, tmp_path):

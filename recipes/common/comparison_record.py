@@ -41,7 +41,8 @@ def collect(plan, chosen: dict[str, tuple], grid: list[dict], results: dict[Run,
         "data": first["data"]["splits"] if first else {}, "doctor": first["data"].get("doctor") if first else None,
         "configuration": first["shared_arguments"] if first else {}, "split": plan.split,
         "source": first["evaluation"][plan.split]["source"] if first else None,
-        "items": items, "unit": plan.kind.UNIT, "seeds": plan.seeds, "budget": plan.options.budget, "flags": plan.common,
+        "items": items, "unit": item_scores.UNITS.get(plan.shared.task, plan.kind.UNIT), "seeds": plan.seeds,
+        "budget": plan.options.budget, "flags": plan.common,
         "main_metric": plan.metric,
         "metrics": {name: {key: getattr(item_scores.METRICS[name], key) for key in ("title", "unit", "higher_is_better", "digits")}
                     for name in found},
@@ -73,7 +74,7 @@ def untuned(plan, texts: dict, results: dict, base_with: Run | None) -> tuple[st
     Of single labels it is a guess by their frequency, whose answers are added to `texts`.
     """
     if base_with:
-        return "untuned", base_with, f"{results[base_with]['record']['model']['used']} (untuned)"
+        return "untuned", base_with, evaluation.base_name(results[base_with]["record"])
     if not texts or plan.shared.task != "classify" or plan.shared.multi_label:
         return None, None, None
     run, name = next(iter(texts)), "label frequencies"

@@ -165,7 +165,8 @@ def choose(plan, out: Path) -> tuple[list[dict], dict[str, tuple]]:
         chosen[name] = points[0]
         if plan.options.search:
             tried.append(searched(name, points[0], plan, out))
-            chosen[name] += next((tuple(point["settings"].items()) for point in tried[-1]["points"] if point["chosen"]), ())
+            found = next((point["settings"] for point in tried[-1]["points"] if point["chosen"]), {})
+            chosen[name] = tuple((dict(points[0]) | found).items())
         elif len(points) > 1:
             tried.append(best_of(name, points, plan, out))
             chosen[name] = next((points[i] for i, point in enumerate(tried[-1]["points"]) if point["chosen"]), points[0])
@@ -188,14 +189,13 @@ def best_of(name: str, points: list[tuple], plan, out: Path) -> dict:
 
 
 def searched(name: str, fixed: tuple, plan, out: Path) -> dict:
-    """The trials of Optuna for this recipe, made anew only if there are none for these flags."""
-    metric = plan.dev_metric
-    path, log = out / f"search-{name}-{plan.options.search}-{metric}.json", out / "logs" / f"search-{name}.log"
+    """The trials of Optuna for this recipe with the settings `fixed`, made anew only if there are none for these."""
+    metric, run = plan.dev_metric, Run(name, plan.seeds[0], fixed)
+    path, log = out / f"search-{run.name}-{plan.options.search}-{metric}.json", out / "logs" / f"search-{run.name}.log"
     print(f"[{name}] search by {plan.options.search} trials: ", end="", flush=True)
     if not path.is_file():
         command = [sys.executable, "-m", "recipes.common.search", "--recipe", str(plan.paths[name]), "--trials", str(plan.options.search),
-                   "--metric", metric, "--result", str(path), *plan.common, *Run(name, plan.seeds[0], fixed).flags,
-                   "--output_dir", str(out / f"search-{name}")]
+                   "--metric", metric, "--result", str(path), *plan.common, *run.flags, "--output_dir", str(out / f"search-{run.name}")]
         if status := call(command, log):
             print(f"FAILED: {why(status, log)} ({log}); {name} is trained with its defaults")
             return {"system": name, "by": "search", "metric": metric, "points": []}

@@ -75,6 +75,11 @@ def own_name(record: dict) -> str:
     return beside_columns(record["recipe"])
 
 
+def base_name(record: dict) -> str:
+    """The name of the model that a run started from in its evaluation, from its run.json."""
+    return "start (drawn at random)" if record["shared_arguments"].get("from_scratch") else f"{record['model']['used']} (untuned)"
+
+
 def slices(keys: list[dict[str, str]], columns, scorers: dict) -> dict:
     """The scores of parts of the rows: for each key (intent, language) a line for each of its values and each model.
 

@@ -1,6 +1,7 @@
 """What evaluate.py wrote about a run's answers -> counts of each held-out item, whose sums give the scores (statistics.py).
 
-An item is a row: of chat a whole dialogue, as the turns of one dialogue succeed or fail together and are no independent draws.
+An item is a row: of chat a whole dialogue, as the turns of one dialogue succeed or fail together and are no independent draws; of pretrain
+a block, in which texts may be joined.
 """
 
 from collections.abc import Callable
@@ -78,6 +79,8 @@ OF_TASK = {
     "tag": ("f1", "loss"),
     "pretrain": ("loss", "perplexity"),
 }
+
+UNITS = {"pretrain": "blocks"}  # what an item is, where it is no row: texts are joined and cut
 
 
 def counts(task: str, lines: list[dict], losses: dict[str, list[float]], name: str) -> dict[str, np.ndarray]:

@@ -3,8 +3,9 @@
     python -m recipes.common.search --recipe lora --trials 8 --result lora.json --data data/customer_service --max_steps 20
 
 scripts/compare.py --search starts this for each recipe. Searched are the learning rate, log-uniformly within a factor of 5 of the recipe's
-default, and each flag of the recipe whose `option` names values in `search`. Trials are judged by the dev score --metric of the checkpoint
-that a run would end with: its best, or its last with --load_best_model_at_end False. Nothing is saved but the result.
+default or of --learning_rate, and each flag of the recipe whose `option` names values in `search`, unless it is given. Trials are judged by
+the dev score --metric of the checkpoint that a run would end with: its best, or its last with --load_best_model_at_end False. Nothing is
+saved but the result.
 """
 
 import argparse
@@ -84,7 +85,9 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with runs.start(shared, method, training):
         task = tasks.load(shared, method, training)
-        rate, knobs, seen = method.learning_rate, {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata}, []
+        given, seen = {word.split("=")[0] for word in flags}, []
+        rate = method.learning_rate
+        knobs = {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata and f"--{f.name}" not in given}
 
         def rates(trial):
             return {"learning_rate": trial.suggest_float("learning_rate", rate / FACTOR, rate * FACTOR, log=True)}

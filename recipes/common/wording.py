@@ -18,6 +18,7 @@ ZH = {
     "dialogues": "对话",
     "replies": "回复",
     "texts": "文本",
+    "blocks": "文本块",
     "pairs": "句对",
     "labels": "标签",
     "words": "词",

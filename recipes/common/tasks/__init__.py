@@ -150,7 +150,8 @@ def _load(shared, method, training) -> Task:
     else:
         source = models.resolve(shared.model, shared.fallback_model, weights=not shared.from_scratch)
     check_cell(shared.task, source, method)
-    _leave_room(kind, shared, source, method)
+    if method.positions() and not shared.max_length:
+        shared.max_length = longest(kind, source, method)
     if run:
         _check_same_pooling(run, record, shared, source)
     tokenizer = models.load_run_tokenizer(run) if run else models.load_tokenizer(source)
@@ -437,11 +438,10 @@ def without_data(shared, source: models.Source, rows: list[dict]) -> Task:
     return _make(kind, shared, source, models.load_tokenizer(source), kind.facts(rows, shared))
 
 
-def _leave_room(kind, shared, source, method) -> None:
-    """Let rows be shorter by default where the method takes positions that the model's window lacks beside the task's longest rows."""
+def longest(kind, source: models.Source, method) -> int:
+    """Tokens a row may have by default: the task's (`kind`), or what `method` (args.Method) leaves of the model's window beside itself."""
     window = models.window(source)
-    if window and method.positions() and not shared.max_length:
-        shared.max_length = min(kind.MAX_LENGTH, max(window - method.positions(), 8))
+    return min(kind.MAX_LENGTH, max(window - method.positions(), 8)) if window else kind.MAX_LENGTH
 
 
 def _make(kind, shared, source, tokenizer, facts: dict) -> Task:

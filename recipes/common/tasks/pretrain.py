@@ -172,6 +172,8 @@ def collate_blocks(features: list[dict], pad_id: int) -> dict[str, torch.Tensor]
 
 def _tokenized(texts: list[str], tokenizer):
     """(text, its token ids, the characters and the word that each token belongs to) of each text, without special tokens."""
+    if not texts:  # of which a tokenizer makes nothing
+        return ()
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return zip(texts, out["input_ids"], out["offset_mapping"], map(out.word_ids, range(len(texts))), strict=True)
 
@@ -270,7 +272,7 @@ def _document(row: dict, tokenizer, room: int, split: bool) -> tuple[dict | None
     """The words of a text in pieces of at most `room` tokens, flat: tokens, the bytes of each, tokens of each word, words of each piece.
     `split`: no piece is of more than one sentence."""
     parts = sentences_of(row["text"]) if split else [row["text"]]
-    pieces = [piece for part in _tokenized(parts, tokenizer) for piece in _cut(whole_words(*part), room)] if parts else []
+    pieces = [piece for part in _tokenized(parts, tokenizer) for piece in _cut(whole_words(*part), room)]
     words = [word for piece in pieces for word in piece]
     return {"tokens": [token for word in words for token, _ in word], "sizes": [size for word in words for _, size in word],
             "words": [*map(len, words)], "pieces": [*map(len, pieces)]} if pieces else None, {}
