@@ -273,6 +273,7 @@ def test_one_is_told_as_one():
     zh = sentence_in("zh")
     one, many = "1 dialogue exceeds --max_length 96: 1 oldest turn dropped", "1 dialogues exceed --max_length 96: 1 oldest turns dropped"
     assert HAN.search(zh(one)) and zh(one) == zh(many)
+    assert zh("1 time a in place of b") == zh("1 times a in place of b") == "1 次把 b 判成 a"
 
 
 def test_every_part_of_a_sentence_is_in_its_chinese():

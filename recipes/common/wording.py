@@ -233,7 +233,7 @@ SENTENCES = {
         "{name}：{all} 条译文中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
     "a row whose likeliest label has less than {cut} probability is turned away as {label} (set on dev)":
         "最可能的标签概率低于 {cut} 的行判为 {label}（阈值由开发集定）",
-    "{n} times {predicted} in place of {right}": "{n} 次把 {right} 判成 {predicted}",
+    "{n} (time|times) {predicted} in place of {right}": "{n} 次把 {right} 判成 {predicted}",
 }
 
 
