@@ -471,7 +471,10 @@ def test_what_twice_the_data_would_bring():
     assert few["sentence"].startswith("can't tell whether more data would help: by the curve twice the rows lower loss by about 0.08")
     flat = comparison.learning_curve("loss", {n: of_means([2.0], seed=n)[0] for n in sizes}, drawn)
     assert flat["sentence"].startswith("can't tell whether more data would help")
-    assert "too few for a curve" in comparison.learning_curve("loss", {1: of_means([1])[0], 2: of_means([1])[0]}, drawn)["sentence"]
+    assert "2 amounts of data are too" in comparison.learning_curve("loss", {1: of_means([1])[0], 2: of_means([1])[0]}, drawn)["sentence"]
+    assert "1 amount of data is too few" in comparison.learning_curve("loss", {1: of_means([1])[0]}, drawn)["sentence"]
+    right = comparison.learning_curve("accuracy", {n: [{"accuracy": np.ones((400, 2))}] for n in sizes}, drawn)
+    assert right["sentence"] == "more data can't raise accuracy on these held-out rows, as it is 100.00 already"
 
 
 def test_shares_of_the_rows_lie_within_each_other(go, shop):

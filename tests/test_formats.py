@@ -455,6 +455,15 @@ def test_refs_stand_in_the_place_of_a_target_that_is_renamed(tmp_path, form):
     assert "no column 'mrs' to rename" in complaint(only, check_translate, columns="source=mrs,target=ref")
 
 
+def test_refs_go_with_a_target_that_becomes_the_source(tmp_path):
+    """Both ways of one set of pairs: its refs are right targets in one of them alone."""
+    path = put(tmp_path, encode([{"source": "Hi", "target": "嗨", "refs": ["嗨", "你好"]}, {"source": "Yes", "target": "是"}], "jsonl"))
+    swapped = read(path, check_translate, columns="source=target,target=source")
+    assert swapped.rows == [{"source": "嗨", "target": "Hi", "source_refs": ["嗨", "你好"]}, {"source": "是", "target": "Yes"}]
+    assert '1 row has "refs", which go with the column that was called target (now source_refs)' in swapped.notes[-1]
+    assert read(path, check_translate).notes == []
+
+
 def test_refs_in_a_table_are_json(tmp_path):
     rows = [{"source": "a", "refs": ["x", "y"]}]
     assert read(put(tmp_path, encode(rows, "csv"), "a.csv"), check_translate).rows == rows

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import DIALOGUES, ROOT
 from test_cli import call, refused
@@ -253,6 +254,8 @@ def test_what_a_record_says_is_told_in_chinese():
         for seeds in (1, comparison.SEEDS):
             points = {n: runs * seeds for n, runs in zip(sizes, of_means(values), strict=False)}
             cases.append("lora: " + comparison.learning_curve("loss", points, drawn)["sentence"])
+    right = {n: [{"accuracy": np.ones((400, 2))}] for n in sizes}
+    cases += [comparison.learning_curve("accuracy", points, drawn)["sentence"] for points in (right, {100: right[100]})]
     row = {"text": "write to ann@example.com", "label": "x"}
     cases += doctor.brief([row] * 3, [row], {"x": 9, "y": 1})[1]
     assert len(cases) > 12
@@ -274,6 +277,7 @@ def test_one_is_told_as_one():
     zh = sentence_in("zh")
     one, many = "1 dialogue exceeds --max_length 96: 1 oldest turn dropped", "1 dialogues exceed --max_length 96: 1 oldest turns dropped"
     assert HAN.search(zh(one)) and zh(one) == zh(many)
+    assert zh("1 time a in place of b") == zh("1 times a in place of b") == "1 次把 b 判成 a"
 
 
 def test_every_part_of_a_sentence_is_in_its_chinese():

@@ -90,7 +90,8 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
              for size, value, column in zip(sizes, values, samples.T, strict=True)]
     curve = {"metric": metric, "points": shown, "fit": None, "extrapolation": []}
     if len(sizes) < 3:
-        return curve | {"sentence": f"can't tell what more data would bring: {len(sizes)} amounts of data are too few for a curve"}
+        several = "1 amount of data is" if len(sizes) == 1 else f"{len(sizes)} amounts of data are"
+        return curve | {"sentence": f"can't tell what more data would bring: {several} too few for a curve"}
 
     def errors(scores):  # what falls with data: a loss, or what is missing to 100
         return 100 - scores if kind.higher_is_better else scores
@@ -108,7 +109,9 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
     bounds = f"[{double['gain_low']:.{kind.digits}f}, {double['gain_high']:.{kind.digits}f}]"
     change = f"{'raise' if kind.higher_is_better else 'lower'} {kind.title} by about {double['gain']:.{kind.digits}f} {bounds}"
     # A fit never rises with data, so no gain is below 0: a curve that may as well be flat has a gain of 0 in many resamples.
-    if not double["gain_low"] > 10**-kind.digits / 2:
+    if kind.higher_is_better and values[-1] > 100 - 10**-kind.digits / 2:
+        sentence = f"more data can't raise {kind.title} on these held-out rows, as it is {values[-1]:.{kind.digits}f} already"
+    elif not double["gain_low"] > 10**-kind.digits / 2:
         sentence = f"can't tell whether more data would help: what twice the rows gain in {kind.title} lies in {bounds}, which holds 0"
     elif min(map(len, points.values())) < SEEDS:
         sentence = (f"can't tell whether more data would help: by the curve twice the rows {change}, but fewer than {SEEDS} seeds can't "

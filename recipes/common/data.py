@@ -85,7 +85,7 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
         if wrong is None:
             row = _lifted(row, nested)
             used |= renames.keys() - {*_absent(renames, row)}
-            row, wrong = _rename(row, renames)
+            row, wrong = _rename(row, _with_refs(renames) if "refs" in row else renames)
         if wrong is None and file.format == "csv":
             row, wrong = _read_lists(row)
         # Also where the check has nothing to say: a tool call with text beside it is one more turn to train on, if left as it stands.
@@ -102,14 +102,16 @@ def records(file: File, check: Check, columns: str | None = None) -> Iterator[Re
 def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", columns: str | None = None) -> Rows:
     """All rows of a file in any format that data/README.md names, or of a split that `find` gave. Raises `UserError`."""
     file = path if isinstance(path, File) else formats.identify(path, parse_columns(columns))
-    skipped, context, copies, chat = [], 0, 0, _takes_dialogues(check)
+    skipped, context, copies, gone, chat = [], 0, 0, 0, _takes_dialogues(check)
+    moved = _with_refs(parse_columns(columns)).get("refs") if check is check_translate else None
     shards = [Path(shard.name).name for shard in file.shards] or [None]
     index, places, refused = {shard: i for i, shard in enumerate(shards)}, array("q"), Counter()
 
     def good() -> Iterator[dict]:
-        nonlocal context, copies
+        nonlocal context, copies, gone
         for record in deadline.timed(records(file, check, columns), file.name):
             if record.wrong is None:
+                gone += moved in record.row
                 context += shapes.context_turns(record.row) if chat else 0
                 copies += is_copy(record.row)
                 places.extend((index[record.shard], record.number, record.line or 0))
@@ -125,7 +127,9 @@ def read(path: Path | Shards | File, check: Check, on_bad_row: str = "stop", col
         raise UserError(f"{file.name} holds no usable row, as all {len(skipped)} are bad ones; the first, {skipped[0]}" if skipped else
                         f"{file.name} holds no row: data/README.md says what a file may hold")
     notes = [*file.notes, *([f"{file.name}: {counted(context, 'assistant turn is|assistant turns are')} context and not trained on (tool "
-                             'calls, history, "train": false)'] if context else [])]
+                             'calls, history, "train": false)'] if context else []),
+             *([f'{file.name}: {counted(gone, "row has|rows have")} "refs", which go with the column that was called target (now {moved}), '
+                "and are no targets"] if gone else [])]
     kept = Counter(places[::3])
     counts = [{"name": part.name, "read": kept[i] + refused[shard], "kept": kept[i], "refused": refused[shard]}
               for i, (part, shard) in enumerate(zip(file.shards or [file], shards, strict=True))]
@@ -414,6 +418,12 @@ def _rename(row: dict, renames: dict[str, str]) -> tuple[dict, str | None]:
         if old in row and new in row and new not in renames:
             return row, f"--columns {new}={old} would overwrite the column {short(new)}; rename that one too, as in other={new}"
     return {renames.get(name, name): value for name, value in row.items()}, None
+
+
+def _with_refs(renames: dict[str, str]) -> dict[str, str]:
+    """`renames`, where `refs`, all right targets, go with a `target` that is renamed: of a source, they are no right targets."""
+    apart = "target" not in renames or "refs" in renames or "refs" in renames.values()
+    return renames if apart else {**renames, "refs": f"{renames['target']}_refs"}
 
 
 def _read_lists(row: dict) -> tuple[dict, str | None]:

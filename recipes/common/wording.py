@@ -173,7 +173,9 @@ SENTENCES = {
     "warning: {names} still improved at the last evaluation: with more training the order may change":
         "警告：{names} 在最后一次评测时仍在变好：多训练一些，次序可能改变",
     "warning: {name} failed and is left out: {error}": "警告：{name} 失败，未计入：{error}",
-    "can't tell what more data would bring: {n} amounts of data are too few for a curve":
+    "more data can't raise {metric} on these held-out rows, as it is {value} already":
+        "{metric}已达 {value}：在这些留出的行上，更多数据无法再提高它",
+    "can't tell what more data would bring: {n} (amount of data is|amounts of data are) too few for a curve":
         "无法判断更多数据的收益：{n} 种数据量太少，画不出曲线",
     "can't tell whether more data would help: what twice the rows gain in {metric} lies in {bounds}, which holds 0":
         "无法判断更多数据是否有用：行数加倍，{metric}的收益在 {bounds} 之间，其中含 0",
@@ -234,7 +236,7 @@ SENTENCES = {
         "{name}：{all} 条译文中有 {n} 条写满 {tokens} 个词元仍未结束，被截断",
     "a row whose likeliest label has less than {cut} probability is turned away as {label} (set on dev)":
         "最可能的标签概率低于 {cut} 的行判为 {label}（阈值由开发集定）",
-    "{n} times {predicted} in place of {right}": "{n} 次把 {right} 判成 {predicted}",
+    "{n} (time|times) {predicted} in place of {right}": "{n} 次把 {right} 判成 {predicted}",
 }
 
 

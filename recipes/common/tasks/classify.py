@@ -330,7 +330,7 @@ def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, optio
         wrong = Counter((r, p) for r, p in zip(right, predicted[name], strict=True) if r != p)
         more["confusion_matrix"] = metrics.confusion_matrix(predicted[name], right)
         more["confusions"] = [[r, p, n] for (r, p), n in wrong.most_common(10)]
-        notes += [f"{n} times {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
+        notes += [f"{counted(n, 'times')} {p} in place of {r}" for (r, p), n in wrong.most_common(3)]
     headings = {"loss": "loss", "accuracy": "accuracy", "f1_macro": "macro F1"}
     headings |= {"f1_micro": "micro F1"} if shared.multi_label else {}
     headings |= {"kept": "kept", "oos_recall": "OOS recall"} if cuts else {}
