@@ -316,6 +316,12 @@ def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
         assert record["samples"][0]["answers"].keys() == {system["name"] for system in record["systems"]}
 
 
+def test_a_label_without_a_train_row_has_no_frequency():
+    lines, losses = [{"row": i, "label": label} for i, label in enumerate(("a", "b", "none of them"))], {}
+    comparison_record.add_frequencies(lines, losses, {"a": 4, "b": 0}, "guess")
+    assert [line["guess"] for line in lines] == ["a"] * 3 and losses["guess"] == {0: [0.0, 1], 1: [0.0, 0], 2: [0.0, 0]}
+
+
 # Choosing on dev
 
 
