@@ -69,7 +69,7 @@ def main():
         if unlike and label == "dev" and not options.data:
             notes.append(f"{unlike} held other dev rows back than {run}, and may have been trained on the rows scored here: its scores and "
                          "the ensemble's say nothing then; give rows that no run has seen with --data FILE")
-        label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
+        label = evaluation.file_name("+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])]))
     if options.base and kind.UNTUNED_SCORES:
         untuned = partial(models.load_base, run, dtype, task.auto_class, task.config)
         candidates = {evaluation.base_name(record): evaluation.Candidate(untuned, task), **candidates}

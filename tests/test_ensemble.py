@@ -138,13 +138,13 @@ def test_evaluate_takes_several_runs(parent, data, tmp_path):  # noqa: F811
 
 
 def test_folders_of_the_same_name_are_told_apart_by_their_paths(parent, data, tmp_path):  # noqa: F811
-    folders = [shutil.copytree(parent(variant)[0], tmp_path / place / "run") for variant, place in (("lora", "a"), ("full", "b"))]
+    folders = [shutil.copytree(parent(variant)[0], tmp_path / place / "run") for variant, place in (("lora", "a"), ("full", 200 * "b"))]
     words = [word for folder in folders for word in ("--run", folder)]
     result = call("scripts/evaluate.py", *words, "--max_new_tokens", "4", "--dtype", "float32", "--limit", "1")
     assert result.code == 0, result.err
     [(label, scores)] = read(folders[0])["evaluation"].items()
     assert {row["model"] for row in scores["table"]} == {*map(str, folders), "ensemble"}
-    assert (folders[0] / f"predictions-{label}.jsonl").is_file() and label.endswith("b-run")
+    assert (folders[0] / f"predictions-{label}.jsonl").is_file() and label.startswith("test+")
 
 
 def test_labels_by_the_mean_of_probabilities(tiny, tmp_path, write_jsonl):
