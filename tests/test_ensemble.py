@@ -301,6 +301,7 @@ def test_no_name_of_a_model_is_that_of_a_column():
     columns, names = evaluation.COLUMNS, script["member_names"]
     assert [evaluation.beside_columns(recipe) for recipe in ("label", "lora")] == ["label-run", "lora"]
     assert names([Path("/a/tags"), Path("/a/one")]) == ["tags-run", "one"]
+    assert names([Path("/a/context"), Path("/a/text_pair")]) == ["context-run", "text_pair-run"]  # of classify, where a row has them
     assert names([Path("/a/tags"), Path("/a/tags-run")]) == ["/a/tags", "/a/tags-run"]
     written = {key.value for path in (ROOT / "recipes/common/tasks").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
                if isinstance(node, ast.Dict) for key in node.keys if isinstance(key, ast.Constant)
