@@ -621,6 +621,7 @@ def test_higher_is_better_where_it_is():
     ([*FIRST, "--data_fractions", "0.5,x"], ["--data_fractions", "'x'"]),
     ([*FIRST, "--data_fractions", "0.25,0.5"], ["--data_fractions 0.25,0.5", "and 1"]),
     ([*FIRST, "--train_fraction", "0.5"], ["--data_fractions"]),
+    ([*FIRST, "--budget", "steps:9", "--num-train-epochs", "3"], ["--budget", "leave --num_train_epochs out"]),
     ([*FIRST, "--hardware", "nowhere.yaml"], ["--hardware nowhere.yaml", "no such file"]),
     ([*FIRST, "adalora", "--budget", "minutes:1"], ["adalora: ", "--max_minutes"]),
     ([*FIRST, "--data", "nowhere"], ["--data nowhere"]),
