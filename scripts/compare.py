@@ -118,7 +118,8 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--samples", type=args.whole, default=20, help="held-out items kept with every system's answer (default: 20)")
     parser.add_argument("--language", choices=LANGUAGES, help="of report.html: en or zh (default: as before, en at first)")
     parser.add_argument("--hardware", metavar="FILE", help="train through accelerate with this file of recipes/accelerate/")
-    return parser.parse_known_args(argv)
+    options, flags = parser.parse_known_args(argv)
+    return options, args.underscored(flags)
 
 
 # What is to be done, known before anything is trained

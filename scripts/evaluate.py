@@ -69,7 +69,7 @@ def main():
         if unlike and label == "dev" and not options.data:
             notes.append(f"{unlike} held other dev rows back than {run}, and may have been trained on the rows scored here: its scores and "
                          "the ensemble's say nothing then; give rows that no run has seen with --data FILE")
-        label = "+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])])
+        label = evaluation.file_name("+".join([label, *(name.strip("/").replace("/", "-") for name in names[1:])]))
     if options.base and kind.UNTUNED_SCORES:
         untuned = partial(models.load_base, run, dtype, task.auto_class, task.config)
         candidates = {evaluation.base_name(record): evaluation.Candidate(untuned, task), **candidates}
@@ -132,13 +132,14 @@ def timed(name: str, candidate, rows: list[dict], record: dict, options, latency
     """The model of `candidate`, after the first --latency rows were answered one at a time: `latency[name]` is the median in seconds.
 
     An answer is a reply to a dialogue's last question, a written target, or the labels of a row, with the reading of the row. The first
-    row is answered once more before, as a first pass is slower than those that follow.
+    one is given twice, as a first pass is slower than those that follow. A row of which nothing can be read is left out.
     """
     from recipes.common import generation, tasks
     from recipes.common.scoring import dataset_outputs
 
     model, task, seconds = candidate.load(), candidate.task, []
-    for row in [rows[0], *rows[: options.latency]]:
+    alone = {"outside_alone": True} if task.name == "classify" else {}  # a row out of scope is answered like any other
+    for row in (row for row in rows[: options.latency] for _ in range(1 if seconds else 2)):
         start = time.perf_counter()
         if task.name == "chat":
             _, asked = tasks.module(task.name).asked(model, task, [row], options.max_new_tokens)
@@ -149,7 +150,11 @@ def timed(name: str, candidate, rows: list[dict], record: dict, options, latency
         elif task.name == "translate":
             tasks.module(task.name).write(name, model, task, [row], record, options)
         else:
-            dataset_outputs(model, task, task.encode([row], "rows", "skip")[0], f"Latency of {name}")
+            try:
+                features, _ = task.encode([row], "rows", "skip", **alone)
+            except UserError:
+                continue
+            dataset_outputs(model, task, features, f"Latency of {name}")
         seconds.append(time.perf_counter() - start)
     latency[name] = statistics.median(seconds[1:] or [math.nan])
     return model

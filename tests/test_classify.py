@@ -486,11 +486,13 @@ def test_test_rows_out_of_scope_or_too_long_are_scored_and_told(tiny, folder, tm
     write_jsonl([{"text": "Sing a song " * 20, "label": "oos"}, {"text": "写首诗", "label": "oos"}], "data/test.jsonl")
     run_recipe("full", tiny("bert"), tmp_path / "data", tmp_path / "run", "--task", "classify", "--oos_label", "oos", "--max_steps", "1",
                "--load_best_model_at_end", "False", "--max_length", "32")
-    result = call("scripts/evaluate.py", "--run", tmp_path / "run", "--json", tmp_path / "scores.json", "--dtype", "float32")
+    result = call("scripts/evaluate.py", "--run", tmp_path / "run", "--json", tmp_path / "scores.json", "--dtype", "float32",
+                  "--latency", 1)
     assert result.code == 0, result.err
     assert "note: 1 row exceeds --max_length 32: the end is cut off" in result.out
-    [row] = [row for row in json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["table"] if row["language"] == "all"]
-    assert row["count"] == 2
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    [row] = [row for row in scores["table"] if row["language"] == "all"]
+    assert row["count"] == 2 and scores["latency"]["full"] > 0
 
 
 @pytest.mark.parametrize("task", ["classify", "pretrain"])

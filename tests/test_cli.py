@@ -21,6 +21,7 @@ from conftest import DIALOGUES, ROOT
 
 from recipes import prefix
 from recipes.common import args, models
+from recipes.common.errors import UserError
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 SHORT = ["--max_length", "128", "--max_steps", "1"]
@@ -505,3 +506,13 @@ def test_the_trainers_flags_are_listed_on_demand():
 def test_a_flag_may_bring_another_learning_rate(words, expected):
     _, method, training = args.parse("", prefix.MethodArguments, words)
     assert training.learning_rate == method.learning_rate == expected
+
+
+def test_the_trainers_flags_may_be_written_with_dashes():
+    """Its own parser takes them, so what we look at and what it reads must be the same."""
+    words = ["--learning-rate", "0.5", "--metric-for-best-model=loss", "--task", "classify", "--label=one-two", "--data", "a-b"]
+    shared, method, training = args.parse("", prefix.MethodArguments, words)
+    assert training.learning_rate == method.learning_rate == 0.5 and (shared.label, shared.data) == ("one-two", ["a-b"])
+    assert training.metric_for_best_model == "loss" and not training.greater_is_better
+    with pytest.raises(UserError, match="--max_tokens says how long to train"):
+        args.parse("", prefix.MethodArguments, ["--max-steps", "3", "--max_tokens", "7"])

@@ -316,6 +316,12 @@ def test_other_tasks(task, kind, row, metrics, go, tiny, write_jsonl, tmp_path):
         assert record["samples"][0]["answers"].keys() == {system["name"] for system in record["systems"]}
 
 
+def test_a_label_without_a_train_row_has_no_frequency():
+    lines, losses = [{"row": i, "label": label} for i, label in enumerate(("a", "b", "none of them"))], {}
+    comparison_record.add_frequencies(lines, losses, {"a": 4, "b": 0}, "guess")
+    assert [line["guess"] for line in lines] == ["a"] * 3 and losses["guess"] == {0: [0.0, 1], 1: [0.0, 0], 2: [0.0, 0]}
+
+
 # Choosing on dev
 
 
@@ -618,6 +624,7 @@ def test_higher_is_better_where_it_is():
     ([*FIRST, "--data_fractions", "0.5,x"], ["--data_fractions", "'x'"]),
     ([*FIRST, "--data_fractions", "0.25,0.5"], ["--data_fractions 0.25,0.5", "and 1"]),
     ([*FIRST, "--train_fraction", "0.5"], ["--data_fractions"]),
+    ([*FIRST, "--budget", "steps:9", "--num-train-epochs", "3"], ["--budget", "leave --num_train_epochs out"]),
     ([*FIRST, "--hardware", "nowhere.yaml"], ["--hardware nowhere.yaml", "no such file"]),
     ([*FIRST, "adalora", "--budget", "minutes:1"], ["adalora: ", "--max_minutes"]),
     ([*FIRST, "--data", "nowhere"], ["--data nowhere"]),

@@ -138,13 +138,13 @@ def test_evaluate_takes_several_runs(parent, data, tmp_path):  # noqa: F811
 
 
 def test_folders_of_the_same_name_are_told_apart_by_their_paths(parent, data, tmp_path):  # noqa: F811
-    folders = [shutil.copytree(parent(variant)[0], tmp_path / place / "run") for variant, place in (("lora", "a"), ("full", "b"))]
+    folders = [shutil.copytree(parent(variant)[0], tmp_path / place / "run") for variant, place in (("lora", "a"), ("full", 200 * "b"))]
     words = [word for folder in folders for word in ("--run", folder)]
     result = call("scripts/evaluate.py", *words, "--max_new_tokens", "4", "--dtype", "float32", "--limit", "1")
     assert result.code == 0, result.err
     [(label, scores)] = read(folders[0])["evaluation"].items()
     assert {row["model"] for row in scores["table"]} == {*map(str, folders), "ensemble"}
-    assert (folders[0] / f"predictions-{label}.jsonl").is_file() and label.endswith("b-run")
+    assert (folders[0] / f"predictions-{label}.jsonl").is_file() and label.startswith("test+")
 
 
 def test_labels_by_the_mean_of_probabilities(tiny, tmp_path, write_jsonl):
@@ -301,6 +301,7 @@ def test_no_name_of_a_model_is_that_of_a_column():
     columns, names = evaluation.COLUMNS, script["member_names"]
     assert [evaluation.beside_columns(recipe) for recipe in ("label", "lora")] == ["label-run", "lora"]
     assert names([Path("/a/tags"), Path("/a/one")]) == ["tags-run", "one"]
+    assert names([Path("/a/context"), Path("/a/text_pair")]) == ["context-run", "text_pair-run"]  # of classify, where a row has them
     assert names([Path("/a/tags"), Path("/a/tags-run")]) == ["/a/tags", "/a/tags-run"]
     written = {key.value for path in (ROOT / "recipes/common/tasks").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
                if isinstance(node, ast.Dict) for key in node.keys if isinstance(key, ast.Constant)

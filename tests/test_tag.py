@@ -209,9 +209,12 @@ def test_words_without_a_prediction_count_as_missed(tiny, write_jsonl, tmp_path,
     run_recipe("full", tiny("bert"), tmp_path / "slots", run, "--task", "tag", "--num_train_epochs", "60", "--learning_rate", "0.01",
                "--per_device_train_batch_size", "4", "--eval_strategy", "no", "--save_strategy", "no")
     long = {"tokens": [*ROWS[1]["tokens"]] * 40, "tags": [*ROWS[1]["tags"]] * 40}
-    evaluate(monkeypatch, "--run", run, "--data", write_jsonl([long], "long.jsonl"))
+    lost = {"tokens": ["\ufffd"], "tags": ["O"], "language": "en"}  # nothing to the tokenizer: without a loss
+    evaluate(monkeypatch, "--run", run, "--data", write_jsonl([lost, long], "long.jsonl"), "--latency", "2")
     [scores] = json.loads((run / "run.json").read_text(encoding="utf-8"))["evaluation"].values()
     assert scores["report"]["city"]["support"] == 40 and scores["report"]["city"]["recall"] <= 158 // 7 / 40
+    assert scores["latency"]["full"] > 0  # of the row that can be read
+    assert [row["values"][0] == "nan" for row in scores["table"]] == [True, False, False]
     assert "are predicted as O" in scores["notes"][0] and not any("--base" in note for note in scores["notes"])
 
 

@@ -192,7 +192,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     be obeyed. `--help` prints the recipe's own flags first, then the shared ones; `--help_trainer` lists all the rest.
     """
     errors.install()
-    argv = _bare_resume(sys.argv[1:] if argv is None else list(argv))
+    argv = _bare_resume(underscored(sys.argv[1:] if argv is None else argv))
     trainer_flags = "\n".join(f"  {f'--{name} {default}':<46} {why}" for name, (default, why) in TRAINER_DEFAULTS.items())
     parser = Parser(prog=Path(sys.argv[0]).name, add_help=False, allow_abbrev=False,
                     usage="%(prog)s [flags]", formatter_class=argparse.RawDescriptionHelpFormatter, description=(doc or "").strip(),
@@ -313,6 +313,12 @@ def _number(kind, at_least, below=None):
 positive, whole, not_negative = _number(int, 1), _number(int, 0), _number(float, 0)
 
 
+def underscored(argv: list[str]) -> list[str]:
+    """A command line with its flags as --a_b, for which the Trainer's parser takes --a-b too."""
+    parts = (word.partition("=") if word.startswith("--") else ("", "", word) for word in argv)
+    return [flag.replace("-", "_").replace("__", "--", 1) + rest + value for flag, rest, value in parts]
+
+
 def _bare_resume(argv: list[str]) -> list[str]:
     """`--resume_from_checkpoint` alone means the newest checkpoint of the run folder; the Trainer's parser wants a value."""
     out = []
@@ -332,7 +338,7 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
     parser.error = Parser.error.__get__(parser)
     # transformers offers --no_X only for what is on by its own default, not by ours.
     argv = [f"--{word[5:]}=False" if word in ("--no_bf16", "--no_load_best_model_at_end") else word for word in argv]
-    given = {word.split("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
+    given = {word.split("=")[0].removeprefix("--").removeprefix("no_") for word in argv if word.startswith("--")}
     defaults["use_cpu"] = not torch.accelerator.is_available()
     defaults["remove_unused_columns"] = False  # a collator takes what it needs; some is no argument of the model
     sizes = given & {"per_device_train_batch_size", "gradient_accumulation_steps"}

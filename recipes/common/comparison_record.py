@@ -125,12 +125,14 @@ def answers(folder: Path, split: str) -> tuple[list[dict], dict]:
 
 
 def add_frequencies(lines: list[dict], losses: dict, labels: dict[str, int], name: str) -> None:
-    """Add the answers of a model that knows nothing but how often each label is among the train rows: it always says the most frequent."""
+    """Add the answers of a model that knows nothing but how often each label is among the train rows: it always says the most frequent.
+    A row without a label, or with one that no train row has (--start_from knows more), has no loss."""
     total, frequent = sum(labels.values()), max(labels, key=labels.get)
     losses[name] = {}
     for line in lines:
         line[name] = frequent
-        losses[name][line["row"]] = [-math.log(labels[line["label"]] / total), 1] if line["label"] in labels else [0.0, 0]
+        count = labels.get(line["label"])
+        losses[name][line["row"]] = [-math.log(count / total), 1] if count else [0.0, 0]
 
 
 def refuse_other_rows(texts: dict, results: dict, out: Path) -> None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 LANGUAGES = ("en", "zh", "all")
 REPORTED = 20  # answers that the report shows beside each other
 # Columns of the tasks' predictions: in a line, a model's answer stands under its name beside them.
-COLUMNS = {"id", "row", "turn", "language", "text", "label", "right", "source", "reference", "references", "tokens", "tags"}
+COLUMNS = {"id", "row", "turn", "language", "context", "text", "text_pair", "label", "right", "source", "reference", "references", "tokens",
+           "tags"}
 
 
 class Candidate(NamedTuple):

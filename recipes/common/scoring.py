@@ -50,8 +50,10 @@ def dataset_outputs(model, task, rows, description: str, tokens_per_batch: int =
 def mean_loss(sums: np.ndarray) -> dict[str, float]:
     """Mean negative log-likelihood in nats per supervised item and its exponential, from the `sums` of all rows, (rows, 2).
 
-    With the bytes of their text, (rows, 3), also bits per byte, which compares models whose tokens differ.
+    With the bytes of their text, (rows, 3), also bits per byte, which compares models whose tokens differ. NaN where no item is supervised.
     """
     nll, items, *text_bytes = sums.sum(axis=0)
+    if not items:
+        return dict.fromkeys(("loss", "perplexity", *["bits_per_byte"] * len(text_bytes)), math.nan)
     per_byte = {"bits_per_byte": float(nll / math.log(2) / text_bytes[0])} if text_bytes else {}
     return {"loss": float(nll / items), "perplexity": perplexity(nll, items), **per_byte}

@@ -365,7 +365,7 @@ def _scores(name, sums, logits, labels, languages, shared, cut) -> list[dict]:
     scored = []
     for language in [*sorted(set(languages)), "all"]:
         at = np.array([language in (own, "all") for own in languages])
-        values = {"loss": mean_loss(sums[at])["loss"]} if sums[at, 1].sum() > 0 else {}  # NaN, or all of them out of scope, has none
+        values = {"loss": mean_loss(sums[at])["loss"]}  # NaN where all of them are out of scope
         if shared.multi_label:
             values |= multi_label_scores(logits[at] > 0, labels[at] > 0)
         else:
