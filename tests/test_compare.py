@@ -208,12 +208,18 @@ def test_finished_runs_are_reused_and_more_may_be_added(compared, go, tmp_path):
 
 def test_rows_that_changed_in_between_are_not_compared(compared, go, tmp_path):
     out = shutil.copytree(compared[0], tmp_path / "out")
-    path = out / "lora-seed42/run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["data"]["splits"]["train"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(UserError, match="lora-seed42 and .*full.* saw other rows"):
-        go(out, *FIRST, "--seeds", "2", "--budget", "steps:3", "--grid", "full.learning_rate=0.02")
+    own, digest = out / "lora-seed42", compared[3]["data"]["train"]["sha256"]
+    answers = json.loads((own / "predictions-test.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    [(_, items), *_] = json.loads((own / "losses-test.json").read_text(encoding="utf-8"))["lora"].values()
+    for name, before, after in (("run.json", f'"sha256": "{digest}"', '"sha256": "0"'),
+                                ("predictions-test.jsonl", json.dumps(answers["reference"], ensure_ascii=False), '"another"'),
+                                ("losses-test.json", f", {items}]", ", 1.0]")):
+        text = (own / name).read_text(encoding="utf-8")
+        assert before in text
+        (own / name).write_text(text.replace(before, after), encoding="utf-8")
+        with pytest.raises(UserError, match="lora-seed42 and .*full.* saw other rows"):
+            go(out, *FIRST, "--seeds", "2", "--budget", "steps:3", "--grid", "full.learning_rate=0.02")
+        (own / name).write_text(text, encoding="utf-8")
 
 
 def test_a_reply_may_hold_a_line_separator(tmp_path):
