@@ -667,6 +667,8 @@ def test_seeds_need_the_same_held_out_rows(tiny, write_jsonl, tmp_path):
     path = write_jsonl(DIALOGUES)
     refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--seeds", "2", "--output_dir",
                           tmp_path / "out"), "--seeds", "no test file")
+    refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--streaming", "--budget", "steps:1",
+                          "--output_dir", tmp_path / "out"), "--streaming", "no test file", untouched=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("words", "parts"), [
