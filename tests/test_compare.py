@@ -279,6 +279,8 @@ def test_a_process_that_was_killed_is_not_quoted(tmp_path):
     assert comparison_runs.why(status, log) == "ended by signal SIGKILL, as when memory runs out"
     status = comparison_runs.call([sys.executable, "-c", "print('error: no such thing'); exit(1)"], log)
     assert comparison_runs.why(status, log) == "no such thing"
+    log.write_text("  0%|          | 0/1 [00:00<?, ?it/s]error: no [such] error: thing\n", encoding="utf-8")  # a bar ends no line
+    assert comparison_runs.last_words(log) == "no [such] error: thing"
 
 
 def test_when_all_fail_the_exit_status_says_so(go, broken, tmp_path):
