@@ -180,7 +180,7 @@ def configuration(records: list[dict]) -> dict:
 
 
 def costs(finished: list[tuple[dict, Path]], plan) -> dict:
-    """What the runs of a system cost, the mean over its seeds; memory the largest."""
+    """What the runs of a system cost, the mean over its seeds; of latency the median, of memory the largest."""
     if not finished:
         return {}
     mean = {key: sum(record[key] for record, _ in finished) / len(finished) for key in ("seconds", "tokens_per_second")}
