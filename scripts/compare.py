@@ -167,9 +167,13 @@ def check(options, flags: list[str]) -> SimpleNamespace:
     kind = tasks.module(shared.task)
     sources = data.find_all(shared.data, split=shared.split)
     split = "test" if any("test" in files for files in sources) else "dev"
-    if split == "dev" and options.seeds > 1 and any("dev" not in files for files in sources):
-        raise UserError("--seeds: the data has no test file, and each seed would hold out other rows: give a folder with a test or dev "
-                        "file, or use --seeds 1")
+    if split == "dev" and any("dev" not in files for files in sources):
+        if options.seeds > 1:
+            raise UserError("--seeds: the data has no test file, and each seed would hold out other rows: give a folder with a test or dev "
+                            "file, or use --seeds 1")
+        if shared.streaming:
+            raise UserError("--streaming: the data has no test file, and the rows that a stream holds out can't be told from the others "
+                            "afterwards: give a folder with a test or dev file")
     # A model or a run that can't be had is known before the first training.
     if shared.start_from:
         run = Path(shared.start_from)

@@ -141,6 +141,12 @@ def timed(name: str, candidate, rows: list[dict], record: dict, options, latency
     alone = {"outside_alone": True} if task.name == "classify" else {}  # a row out of scope is answered like any other
     for row in (row for row in rows[: options.latency] for _ in range(1 if seconds else 2)):
         start = time.perf_counter()
+        try:
+            features, _ = task.encode([row], "rows", "skip", **alone)
+        except UserError:
+            continue
+        if task.name in args.WRITING:  # reads the row once more, up to what is asked
+            start = time.perf_counter()
         if task.name == "chat":
             _, asked = tasks.module(task.name).asked(model, task, [row], options.max_new_tokens)
             prompts = [prompt for _, _, prompt in asked[-1:] if prompt is not None]
@@ -150,10 +156,6 @@ def timed(name: str, candidate, rows: list[dict], record: dict, options, latency
         elif task.name == "translate":
             tasks.module(task.name).write(name, model, task, [row], record, options)
         else:
-            try:
-                features, _ = task.encode([row], "rows", "skip", **alone)
-            except UserError:
-                continue
             dataset_outputs(model, task, features, f"Latency of {name}")
         seconds.append(time.perf_counter() - start)
     latency[name] = statistics.median(seconds[1:] or [math.nan])

@@ -56,6 +56,8 @@ def test_turns_of_a_dialogue_become_rows_with_their_context():
     assert two[1]["text_pair"] == "user: Hi\nassistant: Hello!"
     assert two[0]["text_pair"] is None  # the system turn says nothing on the first question
     assert classify.rows([dialogue], flags(label="mood")) == []
+    nameless = {"messages": dialogue["messages"]}
+    assert [row["id"] for row in classify.rows([nameless] * 2, flags(label="intent"))] == ["0#2", "0#4", "1#2", "1#4"]
 
 
 @pytest.mark.parametrize(("row", "options", "wrong"), [

@@ -208,12 +208,18 @@ def test_finished_runs_are_reused_and_more_may_be_added(compared, go, tmp_path):
 
 def test_rows_that_changed_in_between_are_not_compared(compared, go, tmp_path):
     out = shutil.copytree(compared[0], tmp_path / "out")
-    path = out / "lora-seed42/run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["data"]["splits"]["train"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(UserError, match="lora-seed42 and .*full.* saw other rows"):
-        go(out, *FIRST, "--seeds", "2", "--budget", "steps:3", "--grid", "full.learning_rate=0.02")
+    own, digest = out / "lora-seed42", compared[3]["data"]["train"]["sha256"]
+    answers = json.loads((own / "predictions-test.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    [(_, items), *_] = json.loads((own / "losses-test.json").read_text(encoding="utf-8"))["lora"].values()
+    for name, before, after in (("run.json", f'"sha256": "{digest}"', '"sha256": "0"'),
+                                ("predictions-test.jsonl", json.dumps(answers["reference"], ensure_ascii=False), '"another"'),
+                                ("losses-test.json", f", {items}]", ", 1.0]")):
+        text = (own / name).read_text(encoding="utf-8")
+        assert before in text
+        (own / name).write_text(text.replace(before, after), encoding="utf-8")
+        with pytest.raises(UserError, match="lora-seed42 and .*full.* saw other rows"):
+            go(out, *FIRST, "--seeds", "2", "--budget", "steps:3", "--grid", "full.learning_rate=0.02")
+        (own / name).write_text(text, encoding="utf-8")
 
 
 def test_a_reply_may_hold_a_line_separator(tmp_path):
@@ -273,6 +279,8 @@ def test_a_process_that_was_killed_is_not_quoted(tmp_path):
     assert comparison_runs.why(status, log) == "ended by signal SIGKILL, as when memory runs out"
     status = comparison_runs.call([sys.executable, "-c", "print('error: no such thing'); exit(1)"], log)
     assert comparison_runs.why(status, log) == "no such thing"
+    log.write_text("  0%|          | 0/1 [00:00<?, ?it/s]error: no [such] error: thing\n", encoding="utf-8")  # a bar ends no line
+    assert comparison_runs.last_words(log) == "no [such] error: thing"
 
 
 def test_when_all_fail_the_exit_status_says_so(go, broken, tmp_path):
@@ -664,6 +672,8 @@ def test_seeds_need_the_same_held_out_rows(tiny, write_jsonl, tmp_path):
     path = write_jsonl(DIALOGUES)
     refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--seeds", "2", "--output_dir",
                           tmp_path / "out"), "--seeds", "no test file")
+    refused(test_cli.call("scripts/compare.py", *FIRST, "--model", tiny("llama"), "--data", path, "--streaming", "--budget", "steps:1",
+                          "--output_dir", tmp_path / "out"), "--streaming", "no test file", untouched=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("words", "parts"), [

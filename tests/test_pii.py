@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from recipes.common.pii import KINDS, find, id_card, left_as_they_are, luhn, mask_dialogue, mask_row, mask_texts
+from recipes.common.pii import KINDS, find, id_card, left_as_they_are, luhn, mask_row, mask_texts
 
 # Numbers that payment providers publish for testing, which makes them an oracle for the check digit that is not ours.
 CARDS = ["4111111111111111", "4012888888881881", "4222222222222", "5555555555554444", "2223003122003222", "378282246310005",
@@ -248,7 +248,8 @@ def test_the_same_value_has_the_same_placeholder_throughout_a_dialogue():
         {"role": "user", "content": "对，jo@example.com"},
     ]
     before = [dict(message) for message in messages]
-    masked, counts = mask_dialogue(messages)
+    row, counts = mask_row({"messages": messages})
+    masked = row["messages"]
     assert [m["content"] for m in masked] == [
         "我是[PHONE_1]，订单[ORDER_1]。另一个号码是[PHONE_2]",
         "[PHONE_2]对吗？[ORDER_1]已发货，通知已发到[PHONE_1]和[EMAIL_1]",

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -494,3 +495,13 @@ def test_scripts_hide_no_package():
         program = f"import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['scripts/{name}.py']\nrunpy.run_path(sys.argv[0])\n"
         result = shell(sys.executable, "-c", program + "import importlib.util; print(importlib.util.find_spec('evaluate').origin)")
         assert result.code == 0 and result.out.strip().endswith("evaluate/__init__.py"), result.err
+
+
+def test_latency_passes_over_rows_that_the_model_can_not_read():
+    def encode(rows, *args):
+        raise UserError("the model's chat template refuses every dialogue")
+
+    candidate, latency = SimpleNamespace(load=lambda: None, task=SimpleNamespace(name="chat", encode=encode)), {}
+    runpy.run_path(str(ROOT / "scripts/evaluate.py"))["timed"](
+        "lora", candidate, [{"messages": []}], {}, SimpleNamespace(latency=1, max_new_tokens=1), latency)
+    assert math.isnan(latency["lora"])

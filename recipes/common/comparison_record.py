@@ -140,8 +140,9 @@ def refuse_other_rows(texts: dict, results: dict, out: Path) -> None:
     def rows(run):
         lines, losses = texts[run]
         splits = results[run]["record"]["data"]["splits"]
-        return ([splits[split]["sha256"] for split in ("train", "dev")], [(line["row"], line.get("turn")) for line in lines],
-                [list(each) for each in list(losses.values())[-1:]])
+        asked = [{name: value for name, value in line.items() if name in evaluation.COLUMNS} for line in lines]
+        items = [{row: n for row, (_, n) in each.items()} for each in list(losses.values())[-1:]]
+        return [splits[split]["sha256"] for split in ("train", "dev")], asked, items
 
     if other := [run for run in texts if rows(run) != rows(next(iter(texts)))]:
         raise UserError(f"{out / other[0].name} and {out / next(iter(texts)).name} saw other rows, as the data has changed between them: "
@@ -179,7 +180,7 @@ def configuration(records: list[dict]) -> dict:
 
 
 def costs(finished: list[tuple[dict, Path]], plan) -> dict:
-    """What the runs of a system cost, the mean over its seeds; memory the largest."""
+    """What the runs of a system cost, the mean over its seeds; of latency the median, of memory the largest."""
     if not finished:
         return {}
     mean = {key: sum(record[key] for record, _ in finished) / len(finished) for key in ("seconds", "tokens_per_second")}

@@ -98,7 +98,7 @@ def why(status: int, log: Path) -> str:
 def last_words(log: Path) -> str:
     """What a failed process said at last: its sentence, or the end of its traceback."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    told = [found[1] for line in lines if (found := re.search(r"(?:^|\])error: (.*)", line))]  # a bar ends no line
     return (told or lines)[-1][:300]
 
 

@@ -163,12 +163,6 @@ def _unmasked(text: str, orders: Sequence[str]) -> list[Found]:
     return [found for found in find(text, orders) if not any(found.start < end and start < found.end for start, end in held)]
 
 
-def mask_dialogue(messages: Sequence[dict], orders: Sequence[str] = ORDER_PATTERNS) -> tuple[list[dict], dict[str, int]]:
-    """`mask_texts` over the contents of a dialogue's turns. Returns new turns; all their other keys stay, and so does the input."""
-    contents, counts = mask_texts([message["content"] for message in messages], orders)
-    return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)], counts
-
-
 def mask_row(row: dict, orders: Sequence[str] = ORDER_PATTERNS, stay: Iterable[str] = STAY) -> tuple[dict, dict[str, int]]:
     """`mask_texts` over every string of a row of any task (data/README.md), at whatever depth, but for the keys and columns of `stay`:
     others of a data set are told apart by these, so they must not depend on what else stands in the row. Names of columns stay too.

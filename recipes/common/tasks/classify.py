@@ -43,14 +43,14 @@ def rows(rows, shared) -> disk.Stored:
 
 
 def _texts(row: dict, shared, numbers):
+    number = next(numbers)  # of the row, from 0; turns of one dialogue share it
     if "messages" not in row:
-        next(numbers)
         yield {**row, "label": row[shared.label]}
         return
     for i, turn in data.labelled_turns(row, shared.label):
         before = row["messages"][max(0, i - shared.context_turns): i]
         context = "\n".join(f"{m['role']}: {m['content']}" for m in before if m["role"] != "system")
-        yield ({"id": f"{row.get('id', next(numbers))}#{i + 1}", "text": turn["content"], "text_pair": context or None, "of_dialogue": True,
+        yield ({"id": f"{row.get('id', number)}#{i + 1}", "text": turn["content"], "text_pair": context or None, "of_dialogue": True,
                 "label": turn[shared.label], "turn": 1 + sum(m["role"] == turn["role"] for m in row["messages"][:i])}
                | {key: row[key] for key in ("language",) if key in row}
                | {key: turn[key] for key in SLICED_BY if key in turn and key != shared.label})
