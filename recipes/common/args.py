@@ -85,8 +85,8 @@ class SharedArguments:
     oos_label: str = option(None, "label of the rows that belong to no class (out of scope): never trained on; dev rows of it set the "
                             "confidence below which a row is turned away", task="classify")
 
-    eval_generate_rows: int = option(0, "at each evaluation, answer N dev turns or pairs too: metrics bleu, rougeL and chrf, as in "
-                                     "--metric_for_best_model rougeL; 0: none", task=WRITING, at_least=0)
+    eval_generate_rows: int = option(0, "at each evaluation, answer N dev turns or pairs too: metrics bleu, rougeL and chrf, "
+                                     "against one reference each, as in --metric_for_best_model rougeL; 0: none", task=WRITING, at_least=0)
     eval_generate_tokens: int = option(128, "longest of these answers", task=WRITING, at_least=1)
     eval_generate_seconds: float = option(60.0, "begin no further batch of these answers after so many seconds; how many were answered is "
                                           "told, but what was answered then depends on the machine", task=WRITING, at_least=1)

@@ -100,7 +100,7 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
     now = statistics.predict(fits, sizes[-1])
     for factor in FACTORS:
         then = statistics.predict(fits, factor * sizes[-1])
-        gain, value = now - then, errors(then)
+        gain, value = np.maximum(now - then, 0), errors(then)  # never below 0 but by rounding
         curve["extrapolation"].append({
             "factor": factor, "rows": factor * sizes[-1], "value": float(value[0]), "gain": float(gain[0]),
             **dict(zip(("low", "high"), statistics.interval(value[1:]), strict=True)),
