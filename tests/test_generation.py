@@ -133,7 +133,7 @@ def test_no_prompts_no_replies(taught):
 def test_room_leaves_space_for_the_reply_and_for_a_prefix(kind):
     assert generation.room(make(kind)[0], 30) == 256 - 30
     assert generation.room(make(kind, "lora")[0], 30) == 256 - 30
-    assert generation.room(make(kind, "prefix")[0], 30) == 256 - 30 - 20
+    assert generation.room(make(kind, "prefix")[0], 30) == 256 - 30 - 100
 
 
 @pytest.mark.parametrize("method", ["base", "prefix"])

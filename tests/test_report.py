@@ -231,7 +231,7 @@ def test_every_sentence_is_there_in_both_languages():
     assert said() - ZH.keys() == set()
     names = {"user", "assistant", "system", "tool", "text", "text pair", "reference", "right", "intent", "sentiment", "turn", "length",
              "reply length", "target length", "all", "en", "zh", "test", "done", "partly", "perplexity", "accuracy", "macro F1", "micro F1",
-             "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "pairs", "labels", "words",
+             "f1 macro", "kept", "OOS recall", "rows", "dialogues", "replies", "texts", "blocks", "pairs", "labels", "words",
              *doctor.PERSONAL.values()}  # of what records hold
     assert ZH.keys() - said() == names
     assert [english for english, chinese in ZH.items() if not HAN.search(chinese)] == []
