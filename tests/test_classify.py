@@ -307,7 +307,7 @@ def test_the_threshold_parts_what_can_be_parted():
     sure, unsure = [9.0, 0.0], [0.4, 0.0]
     logits, labels = np.array([sure, sure, unsure, unsure]), np.array([0, 0, IGNORE, IGNORE])
     cut = classify.threshold(logits, labels)
-    assert (classify.confidence(logits) >= cut).tolist() == [True, True, False, False]
+    assert classify.confidence(logits)[2] < cut < classify.confidence(logits)[0]  # on a row, rounding would decide
     inside = np.linspace(0, 5, 100)[:, None] * np.array([[1.0, 0.0]])
     cut = classify.threshold(inside, np.zeros(100, dtype=int))  # nothing out of scope: one row in twenty is turned away
     assert (classify.confidence(inside) < cut).sum() == 5

@@ -222,8 +222,10 @@ def test_each_member_reads_as_much_as_it_did_and_the_threshold_is_that_of_the_me
                                                for rows in ([*LONG, *OUTSIDE], [*ROWS, *LONG, *OUTSIDE]))
     cut = classify.threshold(on_dev, dev_labels)
     names = list(read(runs[0])["data"]["labels"])
-    expected = ["oos" if sure < cut else names[best] for sure, best in zip(np.exp(on_test).max(1), on_test.argmax(1), strict=True)]
-    assert [line["ensemble"] for line in lines] == expected
+    sure = np.exp(on_test).max(1)
+    clear = abs(sure - cut) > 1e-5  # rounding decides the others
+    expected = np.where(sure < cut, "oos", np.array(names)[on_test.argmax(1)])
+    assert (np.array([line["ensemble"] for line in lines]) == expected)[clear].all() and clear.any()
     thresholds = [read(run)["metrics"]["dev_oos_threshold"] for run in runs]
     assert all(f"less than {classify._exact(own)} probability" in " ".join(scores["notes"]) for own in [*thresholds, cut])
     (runs[0].parent / "data/dev.jsonl").write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")

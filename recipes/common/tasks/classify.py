@@ -274,7 +274,7 @@ def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
     """The confidence below which a row is turned away as out of scope.
 
     Where dev has out-of-scope rows (label IGNORE), the one with the best mean of the accuracy in scope and the recall out of scope; else
-    the one that turns away TURNED_AWAY of the rows in scope.
+    the one that turns away TURNED_AWAY of the rows in scope. Between the confidences of two rows, where it can be.
     """
     sure, inside = confidence(logits), labels != IGNORE
     if inside.all():
@@ -282,7 +282,8 @@ def threshold(logits: np.ndarray, labels: np.ndarray) -> float:
     right = inside & (logits.argmax(1) == labels)
     cuts = np.unique(sure)
     gain = [(right & (sure >= cut)).sum() / max(inside.sum(), 1) + (~inside & (sure < cut)).sum() / (~inside).sum() for cut in cuts]
-    return float(cuts[int(np.argmax(gain))])
+    best = int(np.argmax(gain))
+    return float(cuts[max(best - 1, 0):best + 1].mean())  # halfway between two rows: on one of them, rounding would decide
 
 
 def evaluate(candidates: dict, task: Task, rows: list[dict], record: dict, options) -> dict:
