@@ -118,8 +118,12 @@ def pictures(request):
     """Reports without pictures, which take longer than a tiny training, but in the modules that look at them (PICTURES = True)."""
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "PICTURES", False):
-            patch.setattr(plots, "svg", lambda figure, label: "<svg></svg>")
+            without_pictures(patch)
         yield
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(plots, "svg", lambda figure, label: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import DIALOGUES, ROOT
+from conftest import DIALOGUES, ROOT, without_pictures
 from test_cli import call, refused
 from test_compare import of_means, recorded
 from test_methods import run_recipe
@@ -164,7 +164,7 @@ def test_a_text_to_translate_is_no_source_of_data(compared):
 
 
 def test_a_comparison_of_an_earlier_version_has_a_report(compared, monkeypatch):
-    monkeypatch.setattr(plots, "svg", lambda figure, label: "")  # they take the time, and are looked at elsewhere
+    without_pictures(monkeypatch)  # they take the time, and are looked at elsewhere
     old = {key: value for key, value in compared.items() if key not in ("doctor", "configuration")}
     old["systems"] = [{key: value for key, value in one.items() if key != "configuration"} for one in compared["systems"]]
     assert [section for section in COMPARISON_SECTIONS if f'id="{section}"' not in report.render_comparison(old)] == []
@@ -338,7 +338,7 @@ def test_the_report_is_written_again_in_chinese_and_stays_so(run, tmp_path):
 
 
 def test_a_comparison_is_recognised(compared, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "svg", lambda figure, label: "")
+    without_pictures(monkeypatch)
     (tmp_path / "compare.json").write_text(json.dumps(compared), encoding="utf-8")
     assert call("scripts/report.py", "--run", tmp_path).code == 0
     assert 'id="costs"' in (tmp_path / "report.html").read_text(encoding="utf-8")

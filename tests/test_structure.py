@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "duplicates": set(),
     "statistics": set(),
     "item_scores": {"metrics"},
-    "comparison": {"item_scores", "statistics"},
+    "comparison": {"item_scores", "statistics", "wording"},
     "comparison_runs": {"checkpoints", "errors", "evaluation", "item_scores", "redaction"},
     "comparison_record": {"args", "comparison", "comparison_runs", "data", "errors", "evaluation", "item_scores", "runs", "statistics"},
     "search": {"args", "errors", "runs", "tasks", "trainer"},

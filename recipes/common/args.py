@@ -216,7 +216,7 @@ def parse(doc: str, method_class: type[Method], argv: list[str] | None = None):
     defaults = {name: default for name, (default, _) in TRAINER_DEFAULTS.items()}
     for f in fields(method_class):
         others = f.metadata.get("others", {})
-        if others and f"--{f.name}" not in _flags(argv):
+        if others and f"--{f.name}" not in named(argv):
             fitting = (value for name, value in others.items() if name == shared.task or getattr(method, name, False)
                        or getattr(shared, name, False))
             setattr(method, f.name, next(fitting, f.default))
@@ -379,14 +379,14 @@ def _training_arguments(argv: list[str], defaults: dict, own: argparse.ArgumentP
         raise UserError(f"the Trainer refuses these flags: {' '.join(str(error).split())}") from error
 
 
-def _flags(argv: list[str]) -> set[str]:
+def named(argv: list[str]) -> set[str]:
     """The flags that a command line names, as --flag."""
     return {word.split("=")[0] for word in argv}
 
 
 def check_task(shared: SharedArguments, argv: list[str]) -> None:
     """Raise `UserError` if the command line has a flag of another task."""
-    flags = _flags(argv)
+    flags = named(argv)
     for name, theirs in of_other_tasks(shared.task).items():
         if f"--{name}" in flags:
             raise UserError(f"--{name} is for --task {' or '.join(theirs)}; this is --task {shared.task}")
@@ -411,7 +411,7 @@ def _dev_scores_known(shared: SharedArguments) -> list[str]:
 
 def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     """Which checkpoint is the best: by a score that there will be, and in the direction that is right for it."""
-    if training.metric_for_best_model == "loss" and "--metric_for_best_model" not in _flags(argv):
+    if training.metric_for_best_model == "loss" and "--metric_for_best_model" not in named(argv):
         training.metric_for_best_model = BEST_BY.get(shared.task, "loss")
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if not best:
@@ -421,7 +421,7 @@ def _check_best(shared: SharedArguments, training, argv: list[str]) -> None:
     if best in WRITTEN and not shared.eval_generate_rows:
         raise UserError(f"--metric_for_best_model {best} is a score of written answers: add --eval_generate_rows 32")
     greater = best not in LOWER_IS_BETTER
-    if "--greater_is_better" in _flags(argv) and training.greater_is_better != greater:
+    if "--greater_is_better" in named(argv) and training.greater_is_better != greater:
         raise UserError(f"--metric_for_best_model {best} would keep the worst checkpoint with "
                         f"--greater_is_better {not greater}: leave that out")
     training.greater_is_better = greater
@@ -431,7 +431,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     check_task(shared, argv)
     for name in ("save", "eval"):
         strategy = getattr(training, f"{name}_strategy")
-        if strategy == "epoch" and f"--{name}_steps" in _flags(argv):
+        if strategy == "epoch" and f"--{name}_steps" in named(argv):
             raise UserError(f"--{name}_steps counts only with --{name}_strategy steps, and that is {strategy.value}: add it")
     _check_best(shared, training, argv)
     if training.fp16 and training.device.type == "cpu":
@@ -442,7 +442,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
                                 ("eval_generate_tokens", "--eval_generate_rows N", shared.eval_generate_rows),
                                 ("eval_generate_seconds", "--eval_generate_rows N", shared.eval_generate_rows),
                                 ("shuffle_buffer", "--streaming", shared.streaming)):
-        if f"--{name}" in _flags(argv) and not there:
+        if f"--{name}" in named(argv) and not there:
             raise UserError(f"--{name} changes nothing without {needed}: add that, or leave it out")
     strategy = training.train_sampling_strategy
     if shared.tokens_per_step and strategy not in ("random", "sequential"):
@@ -489,9 +489,9 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
             raise UserError(f"--train_sampling_strategy {training.train_sampling_strategy}: a stream comes in its own order: leave it out")
     if not 0 < shared.train_fraction <= 1:
         raise UserError(f"--train_fraction {shared.train_fraction:g} is no share: use a number above 0 and up to 1, such as 0.5")
-    if shared.max_tokens and _flags(argv) & {"--max_steps", "--num_train_epochs"}:
+    if shared.max_tokens and named(argv) & {"--max_steps", "--num_train_epochs"}:
         raise UserError("--max_tokens says how long to train: leave --max_steps and --num_train_epochs out")
-    if shared.start_from and "--model" in _flags(argv):
+    if shared.start_from and "--model" in named(argv):
         raise UserError("--start_from takes the model of the run: leave --model out")
     if shared.start_from and shared.from_scratch:
         raise UserError("--start_from goes on from what a run has learned: leave --from_scratch out")
@@ -511,7 +511,7 @@ def _check(shared: SharedArguments, training, argv: list[str]) -> None:
     if training.n_gpu > 1:
         raise UserError(f"one process sees {training.n_gpu} GPUs: start one per GPU with `accelerate launch --config_file "
                         "recipes/accelerate/ddp.yaml scripts/train.py ...`, or choose one with CUDA_VISIBLE_DEVICES=0")
-    check_group(training.world_size, training.device.type, "--use_cpu" in _flags(argv))
+    check_group(training.world_size, training.device.type, "--use_cpu" in named(argv))
 
 
 SLURM = "use recipes/slurm/train.sbatch, or `srun -n 1` for a single process"

@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from recipes.common import item_scores, statistics
+from recipes.common.wording import counted
 
 ALPHA = 0.05  # a difference counts when its corrected p-value is below this
 RESAMPLES = 1000  # of the rows of one run
@@ -90,7 +91,7 @@ def learning_curve(metric: str, points: dict[int, list[Counts]], drawn: np.ndarr
              for size, value, column in zip(sizes, values, samples.T, strict=True)]
     curve = {"metric": metric, "points": shown, "fit": None, "extrapolation": []}
     if len(sizes) < 3:
-        several = "1 amount of data is" if len(sizes) == 1 else f"{len(sizes)} amounts of data are"
+        several = counted(len(sizes), "amount of data is|amounts of data are")
         return curve | {"sentence": f"can't tell what more data would bring: {several} too few for a curve"}
 
     def errors(scores):  # what falls with data: a loss, or what is missing to 100

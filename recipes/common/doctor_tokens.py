@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from recipes.common import chat, data, disk, doctor, evaluation, tasks
-from recipes.common.doctor import Finding, Split, texts, visible
+from recipes.common.doctor import SHOWN, Finding, Split, texts, visible
 from recipes.common.errors import UserError
 from recipes.common.wording import counted
 
 LEARNED = {"classify": ("label",), "tag": ("tags",)}  # columns of a row; whatever --label names is called label by then
 WHOLE = 10**9   # a --max_length that shortens nothing
-SHOWN = 10      # refused rows of a split on the screen
 UNKNOWN = 0.01  # share of unknown tokens from which a tokenizer does not fit the text
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 

@@ -51,7 +51,8 @@ def render_comparison(record: dict, language: str = "en") -> str:
 
 
 def _read_by(task: str, flags: dict) -> dict:
-    return {name: value for name, value in flags.items() if name not in args.of_other_tasks(task)}
+    others = args.of_other_tasks(task)
+    return {name: value for name, value in flags.items() if name not in others}
 
 
 def _page(template: str, language: str, **values) -> str:

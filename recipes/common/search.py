@@ -85,7 +85,7 @@ def search(recipe, flags: list[str], trials: int, metric: str = "loss") -> dict:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with runs.start(shared, method, training):
         task = tasks.load(shared, method, training)
-        given, seen = {word.split("=")[0] for word in args.underscored(flags)}, []
+        given, seen = args.named(args.underscored(flags)), []
         rate = method.learning_rate
         knobs = {f.name: f.metadata["search"] for f in fields(method) if "search" in f.metadata and f"--{f.name}" not in given}
 
